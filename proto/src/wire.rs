@@ -1,0 +1,1 @@
+//! Messages between store nodes and their clients.

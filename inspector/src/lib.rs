@@ -1,1 +1,36 @@
-//! tidepool-inspector
+//! What a sandbox changed: dirtied inodes of its overlay upper, processes that came and went, tasks that ran.
+//!
+//! The scheduler asks at every turn boundary what a recovery from the last checkpoint would miss. The
+//! answer comes from eBPF programs (`bpf/`, C) that this crate compiles at build time, loads with aya and reads.
+//!
+//! Rules that everything here keeps:
+//! - **Doubt means more.** An overflow, a lost event, a skipped hook, a filesystem the hooks do not see, the
+//!   first reading after a registration: each turns into "everything may have changed", with its reason, and never into silence.
+//! - **Nothing is lost between two readings.** Kernel-side counters only grow and are compared, never
+//!   reset; the set of dirty inodes is drained bucket by bucket under the kernel's own lock. See [`Inspector::take`].
+//! - **Filter first.** Every program drops tasks of other pid namespaces before anything else.
+//!
+//! What is deliberately elsewhere: turning inodes into paths (the scheduler's tree index knows them), verdicts
+//! (`scheduler/core`), memory filesystems such as `/dev/shm` (the hooks do not see them; the scheduler walks them),
+//! freezing and capture.
+
+mod effects;
+mod error;
+mod inspector;
+mod load;
+mod mappings;
+mod pending;
+mod raw;
+pub mod rearm;
+mod support;
+mod sys;
+mod tasks;
+
+pub use effects::{
+    DirtyInode, Effects, ExecEvent, ExitEvent, FileEffects, Mark, ProcessEvent, SandboxSlot, Target,
+};
+pub use error::InspectorError;
+pub use inspector::{Activity, Inspector, InspectorOptions};
+pub use mappings::{SharedMapping, shared_writable_mappings, shared_writable_mappings_of};
+pub use support::{pid_ns_inode, supports};
+pub use tasks::{RanBecause, TaskInfo, TaskRan, TaskTable};

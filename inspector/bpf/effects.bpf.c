@@ -1,0 +1,180 @@
+// Tidepool's eBPF programs: which inodes of its upper a sandbox dirties, which processes come and go,
+// and, on request, how far each of its tasks has run.
+//
+// All programs only look; none changes what the kernel does.
+#include "kernel.h"
+#include "records.h"
+#include "maps.h"
+
+// ---- files: the ext4 probe set ------------------------------------------------------------------------
+//
+// Three hooks, because none sees everything: writeback_mark_inode_dirty misses what changes directory
+// entries only, and both mark_inode_dirty hooks miss small extended attributes and inode flags, which
+// only start a journal handle.
+//
+// Raw tracepoints and not BTF ones: they also attach where ext4 is a module. Each of the
+// three has the inode as its first argument.
+
+static __always_inline int note_dirty(const struct inode *inode)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct dirty_key key = {};
+	struct sandbox *sandbox;
+	u32 generation, level;
+	u32 *seen;
+
+	sandbox = sandbox_of(task, &level);
+	if (!sandbox)
+		return 0;
+	key.dev = BPF_CORE_READ(inode, i_sb, s_dev);
+	if (key.dev != sandbox->dev)
+		return 0; // pipes, proc, the overlay itself, other mounts
+	key.ino = BPF_CORE_READ(inode, i_ino);
+	key.slot = sandbox->slot;
+	generation = BPF_CORE_READ(inode, i_generation);
+
+	seen = bpf_map_lookup_elem(&DIRTY, &key);
+	if (seen && *seen == generation)
+		return 0;
+	if (bpf_map_update_elem(&DIRTY, &key, &generation, BPF_ANY)) {
+		__sync_fetch_and_add(&sandbox->overflow, 1);
+		return 0;
+	}
+	// After the insertion, never before: a reader that skips the drain because this has not moved must
+	// find it moved the next time, with the entry in the map.
+	__sync_fetch_and_add(&sandbox->added, 1);
+	return 0;
+}
+
+SEC("raw_tracepoint/writeback_mark_inode_dirty")
+int tp_inode_dirty(struct bpf_raw_tracepoint_args *ctx)
+{
+	return note_dirty((const struct inode *)ctx->args[0]);
+}
+
+SEC("raw_tracepoint/ext4_mark_inode_dirty")
+int tp_ext4_dirty(struct bpf_raw_tracepoint_args *ctx)
+{
+	return note_dirty((const struct inode *)ctx->args[0]);
+}
+
+SEC("raw_tracepoint/ext4_journal_start_inode")
+int tp_ext4_journal(struct bpf_raw_tracepoint_args *ctx)
+{
+	return note_dirty((const struct inode *)ctx->args[0]);
+}
+
+// ---- processes ----------------------------------------------------------------------------------------
+
+static __always_inline struct event *new_event(u32 kind, struct task_struct *task,
+					       struct task_struct *parent)
+{
+	struct sandbox *sandbox;
+	struct event *event;
+	u32 level = 0;
+
+	sandbox = sandbox_of(task, &level);
+	if (!sandbox)
+		return 0;
+	event = bpf_ringbuf_reserve(&EVENTS, sizeof(*event), 0);
+	if (!event) {
+		__sync_fetch_and_add(&sandbox->events_lost, 1);
+		__sync_fetch_and_add(&sandbox->events, 1);
+		return 0;
+	}
+	__sync_fetch_and_add(&sandbox->events, 1);
+	event->kind = kind;
+	event->slot = sandbox->slot;
+	event->tid = task->pid;
+	event->tgid = task->tgid;
+	event->ns_tid = number_at(task, level);
+	event->ns_tgid = number_at(task->group_leader, level);
+	event->parent_tgid = parent->tgid;
+	event->exit_code = task->exit_code;
+	event->start_boottime = task->start_boottime;
+	BPF_CORE_READ_INTO(&event->comm, task, comm);
+	event->path[0] = 0;
+	return event;
+}
+
+SEC("tp_btf/sched_process_fork")
+int tp_fork(u64 *ctx)
+{
+	struct task_struct *parent = (struct task_struct *)ctx[0];
+	struct task_struct *child = (struct task_struct *)ctx[1];
+	struct event *event = new_event(EVENT_FORK, child, parent);
+
+	if (event)
+		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exec")
+int tp_exec(u64 *ctx)
+{
+	struct task_struct *task = (struct task_struct *)ctx[0];
+	struct linux_binprm *bprm = (struct linux_binprm *)ctx[2];
+	struct event *event = new_event(EVENT_EXEC, task, task->real_parent);
+
+	if (event) {
+		bpf_probe_read_kernel_str(event->path, sizeof(event->path), bprm->filename);
+		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	}
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int tp_exit(u64 *ctx)
+{
+	struct task_struct *task = (struct task_struct *)ctx[0];
+	struct event *event = new_event(EVENT_EXIT, task, task->real_parent);
+
+	if (event)
+		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+// ---- which tasks ran ----------------------------------------------------------------------------------
+
+SEC("iter/task")
+int iter_tasks(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct task_record record = {};
+	struct sandbox *sandbox;
+	u32 zero = 0, level = 0;
+	u32 *wanted;
+
+	if (!task)
+		return 0;
+	sandbox = sandbox_of(task, &level);
+	if (!sandbox)
+		return 0;
+	wanted = bpf_map_lookup_elem(&WANTED, &zero);
+	if (!wanted || *wanted != sandbox->slot)
+		return 0;
+
+	record.tid = task->pid;
+	record.tgid = task->tgid;
+	record.ns_tid = number_at(task, level);
+	record.ns_tgid = number_at(task->group_leader, level);
+	record.parent_tgid = task->real_parent->tgid;
+	record.exit_state = task->exit_state;
+	// The counters of a task that is on a CPU move at the next tick or switch only; so that fact is
+	// itself part of the reading.
+	record.running = task->__state == 0 || task->on_rq != 0;
+	if (bpf_core_field_exists(task->on_cpu))
+		record.running = record.running || task->on_cpu != 0;
+	record.start_boottime = task->start_boottime;
+	record.sum_exec_runtime = task->se.sum_exec_runtime;
+	record.nvcsw = task->nvcsw;
+	record.nivcsw = task->nivcsw;
+	if (bpf_core_field_exists(task->sched_info.pcount))
+		record.pcount = task->sched_info.pcount;
+	BPF_CORE_READ_INTO(&record.comm, task, comm);
+	// A record that does not fit makes the kernel offer the task again with an empty buffer.
+	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

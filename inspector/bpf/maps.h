@@ -1,0 +1,93 @@
+// Maps, and the filter that stands first in every program.
+#ifndef TIDEPOOL_MAPS_H
+#define TIDEPOOL_MAPS_H
+
+// pid namespace inode -> sandbox.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096); // set at load
+	__type(key, u32);
+	__type(value, struct sandbox);
+} SANDBOXES SEC(".maps");
+
+// Dirty inode -> its generation. Never an LRU: an eviction would be a missed change nobody hears of.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144); // set at load
+	__type(key, struct dirty_key);
+	__type(value, u32);
+} DIRTY SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4194304); // set at load
+} EVENTS SEC(".maps");
+
+// The slot whose tasks the next read of the iterator is about.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u32);
+} WANTED SEC(".maps");
+
+// The kernel's limit (MAX_PID_NS_LEVEL).
+#define MAX_LEVEL 32
+
+// The number and the namespace of a task at one level of its pid namespaces. `pid` is an address, not a
+// verified pointer: the array's bounds (one element in the kernel's types) do not apply to it.
+static __always_inline void upid_at(const void *pid, u32 level, struct upid *out)
+{
+	const void *at = pid + bpf_core_field_offset(struct pid, numbers) + level * sizeof(struct upid);
+
+	if (bpf_probe_read_kernel(out, sizeof(*out), at)) {
+		out->nr = 0;
+		out->ns = 0;
+	}
+}
+
+// The sandbox a task belongs to: that of the outermost of its pid namespaces that is registered, so
+// that namespaces made inside belong to it too. Kernel threads never belong to one: writeback by a
+// kworker is not a change made now. io-wq workers are not kernel threads in this sense and stay.
+static __always_inline struct sandbox *sandbox_of(struct task_struct *task, u32 *at_level)
+{
+	struct upid upid;
+	struct sandbox *sandbox;
+	const void *pid;
+	u32 level, depth, inum;
+
+	if (task->flags & PF_KTHREAD)
+		return 0;
+	depth = task->thread_pid->level;
+	if (depth == 0)
+		return 0; // the host's own processes: most of them end here
+	pid = BPF_CORE_READ(task, thread_pid);
+	for (level = 1; level <= MAX_LEVEL; level++) {
+		if (level > depth)
+			break;
+		upid_at(pid, level, &upid);
+		inum = BPF_CORE_READ(upid.ns, ns.inum);
+		sandbox = bpf_map_lookup_elem(&SANDBOXES, &inum);
+		if (sandbox) {
+			*at_level = level;
+			return sandbox;
+		}
+	}
+	return 0;
+}
+
+// The number of a task at one level; 0 if it has none (any more).
+static __always_inline u32 number_at(struct task_struct *task, u32 level)
+{
+	struct upid upid;
+	const void *pid = BPF_CORE_READ(task, thread_pid);
+
+	if (!pid)
+		return 0;
+	upid_at(pid, level, &upid);
+	return upid.nr;
+}
+
+#endif

@@ -1,0 +1,109 @@
+//! Re-arming files, so that their next change is seen.
+//!
+//! Two kinds of change come without an event. A page of a shared mapping that is dirty is
+//! also writable, so further stores raise nothing; starting its writeback write-protects it again. And a file that was
+//! written in the current clock tick has its time stamps set, so another write in the same tick changes no inode;
+//! reading its change time with statx makes kernels with multigrain time stamps (6.13 and newer) take a
+//! finer stamp at the next write. Older kernels need a pause of one tick between the reading and the thaw; see [`TICK`].
+//!
+//! Order: freeze, [`take`](crate::Inspector::take), re-arm every upper file that is dirty or mapped shared and writable,
+//! capture, thaw. Re-arming dirties nothing by itself: writeback of a frozen sandbox's file is this process's doing.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
+
+/// At least one clock tick on every kernel (the longest is 10 ms).
+pub const TICK: Duration = Duration::from_millis(11);
+
+/// Re-arms one open file of the upper (opened for reading at least; `O_PATH` will not do).
+///
+/// # Errors
+/// What the kernel answers; the file must then be treated as dirty at the next turn.
+pub fn file(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd();
+    query_change_time(fd)?;
+    write_back(fd)
+}
+
+/// Re-arms files of an upper directory, by paths relative to it; what is gone is fine. Answers the paths that
+/// could not be re-armed, with the reason: treat them as dirty at the next turn.
+///
+/// Symbolic links are not followed and no path leaves the directory, whatever the sandbox put there.
+///
+/// # Errors
+/// If the upper directory itself cannot be opened.
+pub fn paths<P: AsRef<Path>>(
+    upper: &Path,
+    relative: impl IntoIterator<Item = P>,
+) -> io::Result<Vec<(PathBuf, io::Error)>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(upper, flags, Mode::empty())?;
+    let mut failed = Vec::new();
+    for path in relative {
+        let path = path.as_ref();
+        match beneath(root.as_fd(), path) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => failed.push((path.to_owned(), e)),
+        }
+    }
+    Ok(failed)
+}
+
+fn beneath(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
+    let place = openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW, resolve)?;
+    query_change_time(place.as_fd())?;
+    let stat = rustix::fs::fstat(&place)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        // Only regular files have pages to write back; opening a pipe or a device could block or act.
+        return Ok(());
+    }
+    let open = OFlags::RDONLY | OFlags::NOATIME | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(
+        format!("/proc/self/fd/{}", place.as_raw_fd()),
+        open,
+        Mode::empty(),
+    )?;
+    write_back(file.as_fd())
+}
+
+fn openat2(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> io::Result<OwnedFd> {
+    // EAGAIN: something was renamed during the walk and the kernel could not rule out an escape.
+    for _ in 0..64 {
+        match rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            // A component became a symbolic link: the name is not the one that was dirty.
+            other => return other.map_err(io::Error::from),
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
+fn query_change_time(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
+    rustix::fs::statx(fd, "", flags, StatxFlags::CTIME | StatxFlags::MTIME)?;
+    Ok(())
+}
+
+/// Starts writeback of all dirty pages, after waiting for such as is under way: a page that is dirtied
+/// again while it is being written would otherwise be passed over and stay writable.
+fn write_back(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: no pointers; `fd` is open for the duration of the call.
+    let answer = unsafe { libc::sync_file_range(fd.as_raw_fd(), 0, 0, flags) };
+    if answer < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}

@@ -1,0 +1,376 @@
+"""Runs agents' tasks in sandboxes that die, and shows that nothing is lost. Called by ops/demo.
+
+Each task is run turn by turn through the command line program, as an agent outside of its sandbox would. At one turn
+per task, drawn by the seed, every process of the sandbox and the host daemon are killed with SIGKILL, either after the
+turn was answered or in the middle of it, and the sandbox's directory is deleted. A new daemon restores the last
+committed checkpoint; an unanswered turn is asked again under its own key, so that it happens exactly once. In the end
+the task's own tests decide.
+
+Standard library only: it runs on a fresh machine.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+OPS = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("TIDEPOOL_CACHE") or Path.home() / ".cache/tidepool")
+UNPACK = "tar -x --no-same-owner -C / -f -"
+VERDICTS = ("clean", "files", "processes", "full")
+
+
+class Failure(Exception):
+    """What went wrong, for the user."""
+
+
+def size(n):
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+
+
+def leftovers():
+    out = subprocess.run([str(OPS / "lib/leftovers")], stdout=subprocess.PIPE, text=True, check=False).stdout
+    return set(out.splitlines())
+
+
+class Host:
+    """A host daemon with a state directory of its own, and the command line program that talks to it."""
+
+    def __init__(self, binaries, state, log):
+        self.binaries, self.state, self.log = Path(binaries), Path(state), log
+        self.socket = self.state / "api.sock"
+        self.daemon = None
+        self.env = {**os.environ, "TIDEPOOL_SOCKET": str(self.socket)}
+
+    def start(self):
+        command = [str(self.binaries / "tidepool-host"), "run", "--state-dir", str(self.state), "--socket", str(self.socket)]
+        self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=self.env,
+                                       start_new_session=True)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            if self.daemon.poll() is not None:
+                raise Failure(f"the host daemon ended at once with {self.daemon.returncode}; the end of its log:\n{self.tail()}")
+            done = self.call("status", check=False)
+            if done.returncode == 0 and json.loads(done.stdout)["store"]["ready"]:
+                return
+            time.sleep(0.05)
+        raise Failure(f"the host daemon does not get ready within a minute; the end of its log:\n{self.tail()}")
+
+    def tail(self):
+        self.log.flush()
+        lines = Path(self.log.name).read_text(errors="replace").splitlines()
+        return "\n".join(lines[-15:])
+
+    def kill(self):
+        if self.daemon is not None and self.daemon.poll() is None:
+            self.daemon.send_signal(signal.SIGKILL)
+            self.daemon.wait()
+
+    def stop(self):
+        """In good order; it may leave sandboxes running."""
+        if self.daemon is not None and self.daemon.poll() is None:
+            self.daemon.terminate()
+            try:
+                self.daemon.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def argv(self, *args):
+        return [str(self.binaries / "tidepool"), "--json", *args]
+
+    def call(self, *args, stdin=None, check=True, timeout=300):
+        with open(stdin or os.devnull, "rb") as data:
+            done = subprocess.run(self.argv(*args), stdin=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.env,
+                                  timeout=timeout, check=False)
+        if check and done.returncode != 0:
+            shown = " ".join(args[:3])
+            raise Failure(f"tidepool {shown} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}"
+                          f"\n{done.stdout.decode(errors='replace')[-1500:]}")
+        return done
+
+    def ask(self, *args, **kwargs):
+        """The JSON that a command prints."""
+        out = self.call(*args, **kwargs).stdout.decode()
+        try:
+            return json.loads(out)
+        except json.JSONDecodeError:
+            return json.loads(out.strip().splitlines()[-1])
+
+
+def pids_of(sandbox):
+    """All processes whose cgroup is the sandbox's, in whatever cgroup version."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if sandbox in (entry / "cgroup").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                pass  # it has ended
+    return found
+
+
+def kill_sandbox(sandbox):
+    """SIGKILL to all of it; returns when nothing of it runs."""
+    killed = set()
+    until = time.monotonic() + 20
+    while pids := [p for p in pids_of(sandbox) if not is_zombie(p)]:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            except ProcessLookupError:
+                pass
+        if time.monotonic() > until:
+            raise Failure(f"processes of the sandbox do not die: {pids}")
+        time.sleep(0.02)
+    return len(killed)
+
+
+def is_zombie(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+    except (OSError, IndexError):
+        return True
+
+
+def unmount_below(directory):
+    for _ in range(5):
+        points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        points = [p for p in points if p == str(directory) or p.startswith(f"{directory}/")]
+        if not points:
+            return
+        for point in sorted(points, reverse=True):
+            subprocess.run(["umount", "-l", point], check=False, stderr=subprocess.DEVNULL)
+
+
+def delete_directory(state, sandbox):
+    """Deletes what the host keeps on disk of a sandbox. Returns what was deleted."""
+    deleted = []
+    for path in (state / "sandboxes").glob("*"):
+        if path.name == sandbox:
+            unmount_below(path)
+            shutil.rmtree(path)
+            deleted.append(path)
+    if not deleted:
+        raise Failure(f"there is no directory of sandbox {sandbox} below {state}/sandboxes")
+    return deleted
+
+
+class Demo:
+    def __init__(self, args):
+        self.args = args
+        self.random = random.Random(args.seed)
+        self.out = sys.stderr if args.json else sys.stdout
+        self.state = Path(tempfile.mkdtemp(prefix="tpdemo-", dir=CACHE))
+        self.host = Host(args.bin, self.state, open(self.state / "host.log", "wb"))
+        self.sandboxes = {}
+        self.kills = self.verified = self.passed = 0
+        self.restores, self.turns = [], []
+
+    def say(self, text=""):
+        print(text, file=self.out, flush=True)
+
+    def turn_of(self, name, key):
+        for turn in reversed(self.host.ask("turn", "list", name)):
+            if turn["key"] == key:
+                return turn
+        raise Failure(f"the turn {key} of {name} was answered, but is not in its list of turns")
+
+    def exec_argv(self, name, key, turn, workdir):
+        flags = ["--key", key] + (["-i"] if turn.get("stdin") else ["--cwd", workdir])
+        return ["exec", *flags, name, "--", "bash", "-c", turn["cmd"]]
+
+    def die_and_restore(self, name, pending=None):
+        """Kills all there is, deletes the directory, restores. `pending`: the running client of an unanswered turn."""
+        sandbox = self.sandboxes[name]
+        # The daemon first: it could otherwise notice the sandbox's death and act on it.
+        self.host.kill()
+        count = kill_sandbox(sandbox)
+        if pending is not None:
+            pending.wait(timeout=30)
+        delete_directory(self.state, sandbox)
+        self.kills += 1
+        began = time.monotonic()
+        self.host.start()
+        info = self.host.ask("restore", name)
+        took = time.monotonic() - began
+        self.restores.append(info["duration_ms"])
+        return count, info, took
+
+    def run_turn(self, name, n, turn, workdir, death):
+        """One turn. `death`: None, or how: `after` it was answered, or `during` it after this many seconds."""
+        key = f"demo-{self.args.seed}-{name}-{n}"
+        argv = self.exec_argv(name, key, turn, workdir)
+        stdin = turn.get("stdin")
+        story = None
+        if death and death[0] == "during":
+            with open(stdin or os.devnull, "rb") as data:
+                client = subprocess.Popen(self.host.argv(*argv), stdin=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                          env=self.host.env)
+            time.sleep(death[1])
+            story = self.die_and_restore(name, pending=client)
+        done = self.host.call(*argv, stdin=stdin, check=False)
+        info = self.turn_of(name, key) if done.returncode == 0 else None
+        if done.returncode != 0:
+            raise Failure(f"turn {n} of {name} ended with {done.returncode}: {turn['cmd']}\n"
+                          f"{done.stdout.decode(errors='replace')[-1500:]}{done.stderr.decode(errors='replace')[-1500:]}")
+        self.row(info, turn["cmd"])
+        if death and death[0] == "after":
+            story = self.die_and_restore(name)
+            if story[1]["turn"] != info["turn"]:
+                raise Failure(f"turn {info['turn']} was answered, but turn {story[1]['turn']} was restored")
+        if story:
+            self.tell(death, *story)
+
+    def row(self, turn, command):
+        stats = turn["stats"]
+        self.say(f"  {turn['turn']:>4}  {turn['verdict']:<9}  {size(stats['captured_bytes']):>10}  {size(stats['sent_bytes']):>10}"
+                 f"  {stats['frozen_us'] / 1000:>7.0f} ms  {stats['exposed_us'] / 1000:>7.0f} ms  {' '.join(command.split())[:60]}")
+
+    def tell(self, death, count, info, took):
+        when = "after the turn was answered" if death[0] == "after" else "in the middle of the turn"
+        checked = "verified" if info["verified"] else "NOT VERIFIED"
+        self.say(f"        killed {count} processes and the daemon {when}; restored turn {info['turn']}, {info['processes_restored']} processes, "
+                 f"{size(info['fetched_bytes'])} fetched, {info['duration_ms']} ms ({took:.1f} s with the daemon's start): {checked}")
+        if info["verified"]:
+            self.verified += 1
+
+    def run_task(self, directory):
+        task = json.loads((directory / "task.json").read_text())
+        name = task["name"]
+        turns = [dict(t, stdin=str(directory / t["stdin"])) if t.get("stdin") else t for t in task["turns"]]
+        # Death comes after the set-up, while there is still something to do.
+        fatal = self.random.randrange(1, len(turns))
+        how = self.random.choice(("after", "during"))
+        death = (how, self.random.uniform(0.0, 0.6))
+        self.say(f"\n{name} ({task['kind']}; {task['source']}): dies {how} turn {fatal + 1} of {len(turns)}")
+        self.say(f"  {'turn':>4}  {'verdict':<9}  {'captured':>10}  {'sent':>10}  {'frozen':>10}  {'exposed':>10}  command")
+        created = self.host.ask("sandbox", "create", "--image", task["base"], "--name", name)
+        self.sandboxes[name] = created["id"]
+        for n, turn in enumerate(turns):
+            self.run_turn(name, n, turn, task["workdir"], death if n == fatal else None)
+        self.run_turn(name, len(turns), {"cmd": UNPACK, "stdin": str(directory / task["tests"])}, task["workdir"], None)
+        self.run_turn(name, len(turns) + 1, {"cmd": task["test_cmd"]}, task["workdir"], None)
+        self.passed += 1
+        self.say(f"        {name}: its own tests pass")
+        self.turns += self.host.ask("turn", "list", name)
+        self.host.call("sandbox", "rm", name)
+        del self.sandboxes[name]
+
+    def run(self):
+        self.say(f"seed {self.args.seed}")
+        self.host.start()
+        began = time.monotonic()
+        image = self.host.ask("image", "import", "--name", "tasks", self.args.base, timeout=900)
+        self.say(f"image tasks: {image['files']} files, {size(image['bytes'])}, {size(image['sent_bytes'])} sent, {time.monotonic() - began:.1f} s")
+        tasks = sorted(p for p in Path(self.args.tasks).iterdir() if (p / "task.json").exists())
+        if self.args.task:
+            unknown = set(self.args.task) - {p.name for p in tasks}
+            if unknown:
+                raise Failure(f"there is no task {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in tasks)}")
+            tasks = [p for p in tasks if p.name in self.args.task]
+        failed = []
+        for directory in tasks:
+            try:
+                self.run_task(directory)
+            except Failure as error:
+                failed.append(directory.name)
+                self.say(f"  FAILED: {error}")
+                if self.host.daemon is None or self.host.daemon.poll() is not None:
+                    self.host.start()
+                if directory.name in self.sandboxes:
+                    self.host.call("sandbox", "rm", directory.name, check=False)
+        return self.summary(len(tasks)), failed
+
+    def summary(self, tasks):
+        counts = {v: sum(t["verdict"] == v for t in self.turns) for v in VERDICTS}
+        full = sum(t["stats"]["full_bytes"] for t in self.turns)
+        sent = sum(t["stats"]["sent_bytes"] + t["record_bytes"] for t in self.turns)
+        exposed = sorted(t["stats"]["exposed_us"] / 1000 for t in self.turns)
+        result = {
+            "tasks": tasks, "passed": self.passed, "kills": self.kills, "restores_verified": self.verified,
+            "turns": len(self.turns), **counts, "full_every_turn_bytes": full, "sent_bytes": sent,
+            "restore_ms_median": round(statistics.median(self.restores)) if self.restores else 0,
+        }
+        self.say(f"\n{self.passed} of {tasks} tasks pass their own tests; {self.kills} kills, {self.verified} restores verified")
+        if self.turns:
+            self.say(f"{len(self.turns)} turns: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS))
+            saving = f", {full / sent:.0f} times less" if sent else ""
+            self.say(f"checkpointing everything every turn: {size(full)}; sent: {size(sent)}{saving}")
+            self.say(f"exposed delay of a turn: median {statistics.median(exposed):.0f} ms, longest {exposed[-1]:.0f} ms; "
+                     f"restore: median {result['restore_ms_median']} ms")
+        return result
+
+    def close(self, before):
+        """Takes away all that the demo made, however it ended. Returns what is left all the same."""
+        if self.host.daemon is not None and self.host.daemon.poll() is None:
+            for name in list(self.sandboxes):
+                try:
+                    self.host.call("sandbox", "rm", name, check=False, timeout=60)
+                except subprocess.TimeoutExpired:
+                    pass
+            self.host.stop()
+        for sandbox in self.sandboxes.values():
+            kill_sandbox(sandbox)
+        self.host.log.close()
+        unmount_below(self.state)
+        if self.args.keep:
+            self.say(f"kept: {self.state}")
+        else:
+            shutil.rmtree(self.state, ignore_errors=True)
+        for _ in range(20):
+            # Others may use the machine at the same time: only what is new counts.
+            left = leftovers() - before
+            if not left:
+                break
+            time.sleep(0.25)
+        return sorted(left)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", required=True, help="where tidepool and tidepool-host are")
+    parser.add_argument("--base", required=True, help="the root filesystem of the tasks")
+    parser.add_argument("--tasks", required=True, help="what ops/tasks/prepare printed")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
+    parser.add_argument("--task", action="append")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true")
+    args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(130))
+    before = leftovers()
+    demo = Demo(args)
+    result, failed, code = None, [], 1
+    try:
+        result, failed = demo.run()
+        code = 0 if not failed and result["passed"] == result["tasks"] and result["restores_verified"] == result["kills"] else 1
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        left = demo.close(before)
+    if left:
+        print("error: the demo left this behind:\n  " + "\n  ".join(left), file=sys.stderr)
+        code = code or 1
+    if args.json and result is not None:
+        print(json.dumps(result, separators=(",", ":")))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,11 +51,15 @@ class Host:
     def __init__(self, binaries, state, log):
         self.binaries, self.state, self.log = Path(binaries), Path(state), log
         self.socket = self.state / "api.sock"
+        # Memory-backed, as the daemon's default, but a directory that can be taken away as a whole.
+        self.dumps = Path("/dev/shm") / self.state.name
+        self.dumps.mkdir()
         self.daemon = None
         self.env = {**os.environ, "TIDEPOOL_SOCKET": str(self.socket)}
 
     def start(self):
-        command = [str(self.binaries / "tidepool-host"), "run", "--state-dir", str(self.state), "--socket", str(self.socket)]
+        command = [str(self.binaries / "tidepool-host"), "--state-dir", str(self.state), "--socket", str(self.socket),
+                   "--dump-dir", str(self.dumps)]
         self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=self.env,
                                        start_new_session=True)
         until = time.monotonic() + 60
@@ -157,16 +161,12 @@ def unmount_below(directory):
 
 
 def delete_directory(state, sandbox):
-    """Deletes what the host keeps on disk of a sandbox. Returns what was deleted."""
-    deleted = []
-    for path in (state / "sandboxes").glob("*"):
-        if path.name == sandbox:
-            unmount_below(path)
-            shutil.rmtree(path)
-            deleted.append(path)
-    if not deleted:
-        raise Failure(f"there is no directory of sandbox {sandbox} below {state}/sandboxes")
-    return deleted
+    """Deletes all that the host keeps on disk of a sandbox."""
+    path = state / "fs/sandboxes" / sandbox
+    if not path.is_dir():
+        raise Failure(f"there is no directory of the sandbox at {path}")
+    unmount_below(path)
+    shutil.rmtree(path)
 
 
 class Demo:
@@ -327,6 +327,7 @@ class Demo:
             kill_sandbox(sandbox)
         self.host.log.close()
         unmount_below(self.state)
+        shutil.rmtree(self.host.dumps, ignore_errors=True)
         if self.args.keep:
             self.say(f"kept: {self.state}")
         else:

@@ -1,0 +1,183 @@
+//! The sandbox's side: sets itself up from a fresh start of the test binary and obeys commands from stdin.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::FromRawFd;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use crate::cases::{CASES, Cx};
+
+pub(crate) fn run(arguments: &[String]) -> ExitCode {
+    match arguments
+        .first()
+        .context("no directory")
+        .and_then(|dir| stage(Path::new(dir)))
+    {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sandbox: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn stage(dir: &Path) -> Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // SAFETY: no pointers; this process has one thread.
+    ensure!(
+        unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) } == 0,
+        "unshare: {}",
+        last()
+    );
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
+    let at = |name: &str| dir.join(name).display().to_string();
+    let data = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        at("lower"),
+        at("upper"),
+        at("work")
+    );
+    let data = std::ffi::CString::new(data)?;
+    // noatime, as sandboxes are mounted: reading must not look like a change.
+    mount(
+        "tp-overlay",
+        dir.join("merged"),
+        "overlay",
+        MountFlags::NOATIME,
+        data.as_c_str(),
+    )
+    .context("mounting the overlay")?;
+    std::env::set_current_dir(dir.join("merged"))?;
+
+    // SAFETY: this process has one thread, so the child is a whole one.
+    match unsafe { libc::fork() } {
+        -1 => bail!("fork: {}", last()),
+        0 => {
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            obey()
+        }
+        init => {
+            say(&format!("init {init}"))?;
+            let mut status = 0;
+            // SAFETY: `status` outlives the call.
+            unsafe { libc::waitpid(init, &raw mut status, 0) };
+            Ok(())
+        }
+    }
+}
+
+fn obey() -> Result<()> {
+    let merged = std::env::current_dir()?;
+    let mut cx = Cx::default();
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let outcome = command(&mut cx, &line);
+        std::env::set_current_dir(&merged)?;
+        match outcome {
+            Ok(()) => say("ok")?,
+            Err(error) => say(&format!("{error:?}").replace('\n', "; "))?,
+        }
+    }
+    Ok(())
+}
+
+fn command(cx: &mut Cx, line: &str) -> Result<()> {
+    let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
+    match verb {
+        "prepare" | "act" => {
+            let case = CASES
+                .iter()
+                .find(|c| c.name == rest)
+                .context("no such case")?;
+            std::env::set_current_dir(case.name)?;
+            if verb == "act" {
+                return (case.act)(cx);
+            }
+            std::fs::write("still", b"must not be dirty")?;
+            (case.prepare)(cx)
+        }
+        "write" => Ok(std::fs::write(rest, rest)?),
+        "again" => {
+            use std::os::unix::fs::FileExt;
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(rest)?
+                .write_all_at(b"again", 0)?;
+            Ok(())
+        }
+        "map" => cx.map_new(rest),
+        "store" => cx.store(),
+        "many" => {
+            let (dir, count) = rest.split_once(' ').context("many DIR COUNT")?;
+            std::fs::create_dir(dir)?;
+            for i in 0..count.parse::<u32>()? {
+                std::fs::write(format!("{dir}/{i}"), b"x")?;
+            }
+            Ok(())
+        }
+        "spawn" => {
+            for _ in 0..rest.parse::<u32>()? {
+                ensure!(
+                    !Command::new("/bin/false").status()?.success(),
+                    "false succeeded"
+                );
+            }
+            Ok(())
+        }
+        "thread" => std::thread::spawn(|| ())
+            .join()
+            .map_err(|_| anyhow::anyhow!("thread panicked")),
+        "spin" => {
+            // Until the next command begins to arrive.
+            let stdin = std::io::stdin();
+            let mut fds = [rustix::event::PollFd::new(
+                &stdin,
+                rustix::event::PollFlags::IN,
+            )];
+            say("spinning")?;
+            while rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default()))? == 0 {}
+            Ok(())
+        }
+        "read" => read_everything(Path::new(".")),
+        "nothing" => Ok(()),
+        other => bail!("no such command: {other}"),
+    }
+}
+
+/// Looks at everything in every way that changes nothing.
+fn read_everything(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let meta = std::fs::symlink_metadata(&path)?;
+        let mut buffer = [0u8; 4096];
+        let _ = rustix::fs::lgetxattr(&path, "user.nothing", &mut buffer[..]);
+        let _ = rustix::fs::access(&path, rustix::fs::Access::READ_OK);
+        if meta.is_dir() {
+            read_everything(&path)?;
+        } else if meta.is_symlink() {
+            std::fs::read_link(&path)?;
+        } else if meta.is_file() {
+            std::fs::read(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// One line to the other side, past all buffers.
+fn say(line: &str) -> Result<()> {
+    // SAFETY: descriptor 1 is open for this process's whole life; ManuallyDrop keeps it so.
+    let mut out = std::mem::ManuallyDrop::new(unsafe { File::from_raw_fd(1) });
+    Ok(out.write_all(format!("{line}\n").as_bytes())?)
+}
+
+fn last() -> std::io::Error {
+    std::io::Error::last_os_error()
+}

@@ -1,0 +1,127 @@
+//! The inspector against real kernels: every filesystem operation, process events, and the ways to fail.
+//!
+//! Needs root and eBPF and fails where they are missing. Each test makes sandboxes (a process in its own
+//! pid and mount namespaces with an overlay on ext4) out of this very binary: started with
+//! [`sandbox::FLAG`] it is the sandbox's side. Hence a main of its own and no test harness; the
+//! usual `cargo test -- name` filters and `--list` work.
+
+mod cases;
+mod child;
+mod files;
+mod ops;
+mod processes;
+mod sandbox;
+
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+
+type Test = (&'static str, fn() -> anyhow::Result<()>);
+
+const TESTS: &[Test] = &[
+    (
+        "every_operation_is_seen_at_its_path",
+        files::every_operation_is_seen_at_its_path,
+    ),
+    ("reading_dirties_nothing", files::reading_dirties_nothing),
+    (
+        "rewrites_in_one_tick_are_seen_after_rearm",
+        files::rewrites_in_one_tick_are_seen_after_rearm,
+    ),
+    (
+        "stores_to_a_mapping_are_seen_after_rearm",
+        files::stores_to_a_mapping_are_seen_after_rearm,
+    ),
+    (
+        "rearm_does_not_leave_the_upper",
+        files::rearm_does_not_leave_the_upper,
+    ),
+    (
+        "shared_mappings_are_listed",
+        files::shared_mappings_are_listed,
+    ),
+    (
+        "overflow_means_everything_and_heals",
+        files::overflow_means_everything_and_heals,
+    ),
+    (
+        "other_filesystems_mean_everything",
+        files::other_filesystems_mean_everything,
+    ),
+    (
+        "nothing_is_lost_while_draining",
+        files::nothing_is_lost_while_draining,
+    ),
+    (
+        "sandboxes_do_not_see_each_other",
+        files::sandboxes_do_not_see_each_other,
+    ),
+    (
+        "a_new_slot_knows_nothing_of_the_old",
+        files::a_new_slot_knows_nothing_of_the_old,
+    ),
+    (
+        "host_writes_are_not_the_sandboxs",
+        files::host_writes_are_not_the_sandboxs,
+    ),
+    (
+        "processes_are_born_and_end",
+        processes::processes_are_born_and_end,
+    ),
+    (
+        "lost_events_are_said_and_heal",
+        processes::lost_events_are_said_and_heal,
+    ),
+    (
+        "an_idle_sandbox_has_not_run",
+        processes::an_idle_sandbox_has_not_run,
+    ),
+    (
+        "a_busy_task_always_counts_as_run",
+        processes::a_busy_task_always_counts_as_run,
+    ),
+    (
+        "activity_ends_the_quiet",
+        processes::activity_ends_the_quiet,
+    ),
+    (
+        "bad_registrations_are_refused",
+        processes::bad_registrations_are_refused,
+    ),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|a| a == sandbox::FLAG) {
+        return child::run(&arguments[1..]);
+    }
+    if arguments.iter().any(|a| a == "--list") {
+        TESTS.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
+    let chosen =
+        |name: &str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
+
+    let mut failed = Vec::new();
+    let mut passed = 0;
+    for (name, test) in TESTS.iter().filter(|(name, _)| chosen(name)) {
+        // The test's own values are all dropped by the unwinding; nothing is shared between tests.
+        let outcome = panic::catch_unwind(AssertUnwindSafe(test));
+        if matches!(outcome, Ok(Ok(()))) {
+            passed += 1;
+            println!("test {name} ... ok");
+        } else {
+            if let Ok(Err(error)) = outcome {
+                println!("{error:?}");
+            }
+            println!("test {name} ... FAILED");
+            failed.push(*name);
+        }
+    }
+    println!("\n{passed} passed; {} failed {failed:?}", failed.len());
+    if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

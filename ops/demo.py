@@ -10,6 +10,7 @@ Standard library only: it runs on a fresh machine.
 """
 
 import argparse
+import base64
 import json
 import os
 import random
@@ -183,14 +184,8 @@ class Demo:
     def say(self, text=""):
         print(text, file=self.out, flush=True)
 
-    def turn_of(self, name, key):
-        for turn in reversed(self.host.ask("turn", "list", name)):
-            if turn["key"] == key:
-                return turn
-        raise Failure(f"the turn {key} of {name} was answered, but is not in its list of turns")
-
     def exec_argv(self, name, key, turn, workdir):
-        flags = ["--key", key] + (["-i"] if turn.get("stdin") else ["--cwd", workdir])
+        flags = ["--key", key] + (["-i"] if turn.get("stdin") else ["-w", workdir])
         return ["exec", *flags, name, "--", "bash", "-c", turn["cmd"]]
 
     def die_and_restore(self, name, pending=None):
@@ -215,30 +210,33 @@ class Demo:
         key = f"demo-{self.args.seed}-{name}-{n}"
         argv = self.exec_argv(name, key, turn, workdir)
         stdin = turn.get("stdin")
-        story = None
         if death and death[0] == "during":
             with open(stdin or os.devnull, "rb") as data:
                 client = subprocess.Popen(self.host.argv(*argv), stdin=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                           env=self.host.env)
             time.sleep(death[1])
-            story = self.die_and_restore(name, pending=client)
+            self.tell(death, *self.die_and_restore(name, pending=client))
         done = self.host.call(*argv, stdin=stdin, check=False)
-        info = self.turn_of(name, key) if done.returncode == 0 else None
-        if done.returncode != 0:
+        try:
+            answer = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            answer = {}
+        if done.returncode != 0 or "turn" not in answer:
+            said = b"".join(base64.b64decode(answer.get(f"{s}_base64", "")) for s in ("stdout", "stderr")) or done.stdout
             raise Failure(f"turn {n} of {name} ended with {done.returncode}: {turn['cmd']}\n"
-                          f"{done.stdout.decode(errors='replace')[-1500:]}{done.stderr.decode(errors='replace')[-1500:]}")
-        self.row(info, turn["cmd"])
+                          f"{(said + done.stderr).decode(errors='replace')[-2000:]}")
+        info = answer["turn"]
+        self.row(info, turn["cmd"], answer["replayed"])
         if death and death[0] == "after":
             story = self.die_and_restore(name)
+            self.tell(death, *story)
             if story[1]["turn"] != info["turn"]:
                 raise Failure(f"turn {info['turn']} was answered, but turn {story[1]['turn']} was restored")
-        if story:
-            self.tell(death, *story)
 
-    def row(self, turn, command):
+    def row(self, turn, command, replayed):
         stats = turn["stats"]
         self.say(f"  {turn['turn']:>4}  {turn['verdict']:<9}  {size(stats['captured_bytes']):>10}  {size(stats['sent_bytes']):>10}"
-                 f"  {stats['frozen_us'] / 1000:>7.0f} ms  {stats['exposed_us'] / 1000:>7.0f} ms  {' '.join(command.split())[:60]}")
+                 f"  {stats['frozen_us'] / 1000:>7.0f} ms  {stats['exposed_us'] / 1000:>7.0f} ms  {'(journaled) ' if replayed else ''}{' '.join(command.split())[:60]}")
 
     def tell(self, death, count, info, took):
         when = "after the turn was answered" if death[0] == "after" else "in the middle of the turn"
@@ -258,7 +256,7 @@ class Demo:
         death = (how, self.random.uniform(0.0, 0.6))
         self.say(f"\n{name} ({task['kind']}; {task['source']}): dies {how} turn {fatal + 1} of {len(turns)}")
         self.say(f"  {'turn':>4}  {'verdict':<9}  {'captured':>10}  {'sent':>10}  {'frozen':>10}  {'exposed':>10}  command")
-        created = self.host.ask("sandbox", "create", "--image", task["base"], "--name", name)
+        created = self.host.ask("sandbox", "create", name, task["base"])
         self.sandboxes[name] = created["id"]
         for n, turn in enumerate(turns):
             self.run_turn(name, n, turn, task["workdir"], death if n == fatal else None)
@@ -274,7 +272,7 @@ class Demo:
         self.say(f"seed {self.args.seed}")
         self.host.start()
         began = time.monotonic()
-        image = self.host.ask("image", "import", "--name", "tasks", self.args.base, timeout=900)
+        image = self.host.ask("image", "import", "tasks", self.args.base, timeout=900)
         self.say(f"image tasks: {image['files']} files, {size(image['bytes'])}, {size(image['sent_bytes'])} sent, {time.monotonic() - began:.1f} s")
         tasks = sorted(p for p in Path(self.args.tasks).iterdir() if (p / "task.json").exists())
         if self.args.task:

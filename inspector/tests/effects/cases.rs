@@ -135,6 +135,13 @@ pub(crate) const CASES: &[Case] = &[
         &["f"],
     ),
     case("direct_write", FILE, |_| direct_write("f"), &["f"]),
+    // By a worker of io_uring, which is a thread of the process in the kernel's eyes.
+    case(
+        "io_uring_write",
+        FILE,
+        |_| crate::uring::write_by_a_worker(&rw("f")?, b"by io_uring"),
+        &["f"],
+    ),
     case(
         "first_store_to_a_mapping",
         |cx| cx.map_new("f"),

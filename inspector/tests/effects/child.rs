@@ -29,11 +29,8 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
 fn stage(dir: &Path) -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // SAFETY: no pointers; this process has one thread.
-    ensure!(
-        unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) } == 0,
-        "unshare: {}",
-        last()
-    );
+    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) };
+    ensure!(unshared == 0, "unshare: {}", last());
     mount_change(
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,

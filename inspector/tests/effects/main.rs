@@ -11,6 +11,7 @@ mod files;
 mod ops;
 mod processes;
 mod sandbox;
+mod uring;
 
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;

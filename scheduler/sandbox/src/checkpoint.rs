@@ -1,0 +1,210 @@
+//! Process images: taking them from a running sandbox and making a sandbox from them.
+//!
+//! The OCI runtime calls CRIU, because it knows the container's mounts and cgroups; what it has no option for goes through
+//! CRIU's own configuration file.
+
+use crate::config::{Layers, SandboxName, SandboxSpec};
+use crate::criulog::{self, Reason};
+use crate::error::{Context, Result, SandboxError, blocking};
+use crate::record::Record;
+use crate::runtime::{Created, Runtime, State, created_from};
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// - `tcp-close`: open connections are closed in what is restored; the running sandbox keeps them. Their other ends are the
+///   host or the outside, which a restored sandbox could not go on talking to.
+/// - `file-locks`: without it every use of a database fails the checkpoint.
+/// - `link-remap`, `ghost-limit`: files that are open but have lost their name. Small ones go into the images.
+/// - `force-irmap`: file watches are found again by name.
+/// - `skip-in-flight`: connections nobody accepted yet are refused after a restore and made again.
+pub(crate) const CRIU_CONFIG: &str = "\
+tcp-close
+file-locks
+link-remap
+ghost-limit 1G
+force-irmap
+irmap-scan-path /
+skip-in-flight
+";
+
+const DUMP_LOG: &str = "dump.log";
+const RESTORE_LOG: &str = "restore.log";
+
+/// What a checkpoint of the processes took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CheckpointStats {
+    /// How long it took; the processes stood still for most of it.
+    pub took: Duration,
+    /// The size of the images in bytes.
+    pub image_bytes: u64,
+    /// How many image files there are.
+    pub image_files: u64,
+}
+
+impl Runtime {
+    fn need_criu(&self) -> Result<()> {
+        match &self.capabilities().criu {
+            Ok(_) => Ok(()),
+            Err(reason) => Err(SandboxError::MissingCriu {
+                path: self.cfg.criu.clone(),
+                reason: reason.clone(),
+            }),
+        }
+    }
+
+    /// Writes images of all processes into `images`, which must be empty or absent, and lets the sandbox go on as it was:
+    /// running, or paused if it was paused.
+    ///
+    /// [`SandboxError::Dump`] tells why processes cannot be checkpointed; the sandbox goes on then too.
+    pub async fn checkpoint(&self, name: &SandboxName, images: &Path) -> Result<CheckpointStats> {
+        self.need_criu()?;
+        let record = self.records.get(name)?;
+        match self.state(name).await? {
+            State::Running(_) | State::Paused(_) => {}
+            _ => return Err(SandboxError::NotRunning(name.to_string())),
+        }
+        let was_frozen = self.groups.is_frozen(&record.cgroup)?;
+        fs::create_dir_all(images).context(|| format!("cannot make {}", images.display()))?;
+        let dir = self.records.dir(name);
+        let (work, log) = (dir.join("dump"), dir.join("checkpoint.log"));
+        fresh_dir(&work)?;
+        let _ = fs::remove_file(&log);
+        let mut command = self.runc(Some(&log));
+        command
+            .arg("checkpoint")
+            .arg("--leave-running")
+            .arg("--image-path")
+            .arg(images);
+        command
+            .arg("--work-path")
+            .arg(&work)
+            .arg("--file-locks")
+            .arg(name.as_str());
+        let started = Instant::now();
+        let result = self
+            .runc_ok(
+                "the OCI runtime's checkpoint",
+                &mut command,
+                &log,
+                record.criu_timeout,
+            )
+            .await;
+        let took = started.elapsed();
+        // CRIU thaws what it froze; make sure that the sandbox is as it was, whatever happened.
+        let (this, after) = (self.clone(), record.clone());
+        blocking(move || {
+            this.groups
+                .set_frozen(after.name.as_str(), &after.cgroup, was_frozen)
+        })
+        .await?;
+        if let Err(e) = result {
+            return Err(match reason(e, &work.join(DUMP_LOG))? {
+                Reason { reason, log } => SandboxError::Dump { reason, log },
+            });
+        }
+        let (image_bytes, image_files) = sizes(images)?;
+        Ok(CheckpointStats {
+            took,
+            image_bytes,
+            image_files,
+        })
+    }
+
+    /// Makes a sandbox from images and from layers that are as they were when the images were taken. It runs at once. The
+    /// name may be another than the original's.
+    ///
+    /// On failure nothing is left behind; [`SandboxError::Restore`] tells why.
+    pub async fn restore(
+        &self,
+        name: &SandboxName,
+        spec: &SandboxSpec,
+        layers: &Layers,
+        images: &Path,
+    ) -> Result<Created> {
+        self.need_criu()?;
+        if !images.is_dir() {
+            return Err(SandboxError::Invalid(format!(
+                "there are no images at {}",
+                images.display()
+            )));
+        }
+        let made = match self.prepare(name, spec, layers, false).await {
+            Ok(record) => self.runc_restore(&record, images).await,
+            Err(e @ SandboxError::Exists(_)) => return Err(e),
+            Err(e) => Err(e),
+        };
+        self.or_destroy(name, made).await
+    }
+
+    async fn runc_restore(&self, record: &Record, images: &Path) -> Result<Created> {
+        let dir = self.records.dir(&record.name);
+        let (work, log, pid_file) = (
+            dir.join("restore"),
+            dir.join("restore.log"),
+            dir.join("init.pid"),
+        );
+        fresh_dir(&work)?;
+        let mut command = self.runc(Some(&log));
+        command
+            .arg("restore")
+            .arg("--detach")
+            .arg("--file-locks")
+            .arg("--bundle")
+            .arg(&dir);
+        command
+            .arg("--image-path")
+            .arg(images)
+            .arg("--work-path")
+            .arg(&work);
+        command
+            .arg("--pid-file")
+            .arg(&pid_file)
+            .arg(record.name.as_str());
+        match self
+            .runc_ok(
+                "the OCI runtime's restore",
+                &mut command,
+                &log,
+                record.criu_timeout,
+            )
+            .await
+        {
+            Ok(()) => created_from(&pid_file),
+            Err(e) => match reason(e, &work.join(RESTORE_LOG))? {
+                Reason { reason, log } => Err(SandboxError::Restore { reason, log }),
+            },
+        }
+    }
+}
+
+/// Puts a failure of the runtime in CRIU's words. Failures of another kind, like a time-out, stay what they are.
+fn reason(e: SandboxError, log: &Path) -> Result<Reason> {
+    match e {
+        SandboxError::Command { stderr, .. } => Ok(criulog::explain(
+            &fs::read(log).unwrap_or_default(),
+            &stderr,
+        )),
+        other => Err(other),
+    }
+}
+
+fn fresh_dir(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).context(|| format!("cannot empty {}", dir.display()))?;
+    }
+    fs::create_dir(dir).context(|| format!("cannot make {}", dir.display()))
+}
+
+fn sizes(images: &Path) -> Result<(u64, u64)> {
+    let (mut bytes, mut files) = (0, 0);
+    let what = || format!("cannot read {}", images.display());
+    for entry in fs::read_dir(images).context(what)? {
+        let meta = entry.and_then(|e| e.metadata()).context(what)?;
+        if meta.is_file() {
+            bytes += meta.len();
+            files += 1;
+        }
+    }
+    Ok((bytes, files))
+}

@@ -33,6 +33,10 @@ class Failure(Exception):
     """What went wrong, for the user."""
 
 
+# A daemon that answers late, never or with something else is a failure of the demo, not of this program.
+ERRORS = (Failure, OSError, subprocess.SubprocessError, ValueError, KeyError)
+
+
 def size(n):
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -194,6 +198,8 @@ class Demo:
         # The daemon first: it could otherwise notice the sandbox's death and act on it.
         self.host.kill()
         count = kill_sandbox(sandbox)
+        if count == 0:
+            raise Failure(f"no process of sandbox {sandbox} was found to kill")
         if pending is not None:
             pending.wait(timeout=30)
         delete_directory(self.state, sandbox)
@@ -253,7 +259,7 @@ class Demo:
         # Death comes after the set-up, while there is still something to do.
         fatal = self.random.randrange(1, len(turns))
         how = self.random.choice(("after", "during"))
-        death = (how, self.random.uniform(0.0, 0.6))
+        death = (how, self.random.uniform(0.0, 0.3))
         self.say(f"\n{name} ({task['kind']}; {task['source']}): dies {how} turn {fatal + 1} of {len(turns)}")
         self.say(f"  {'turn':>4}  {'verdict':<9}  {'captured':>10}  {'sent':>10}  {'frozen':>10}  {'exposed':>10}  command")
         created = self.host.ask("sandbox", "create", name, task["base"])
@@ -284,9 +290,9 @@ class Demo:
         for directory in tasks:
             try:
                 self.run_task(directory)
-            except Failure as error:
+            except ERRORS as error:
                 failed.append(directory.name)
-                self.say(f"  FAILED: {error}")
+                self.say(f"  FAILED: {type(error).__name__}: {error}\n  the end of the daemon's log:\n{self.host.tail()}")
                 if self.host.daemon is None or self.host.daemon.poll() is not None:
                     self.host.start()
                 if directory.name in self.sandboxes:
@@ -357,7 +363,7 @@ def main():
     try:
         result, failed = demo.run()
         code = 0 if not failed and result["passed"] == result["tasks"] and result["restores_verified"] == result["kills"] else 1
-    except Failure as error:
+    except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

@@ -57,9 +57,8 @@ pub fn paths<P: AsRef<Path>>(
 fn beneath(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
     let place = openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW, resolve)?;
-    query_change_time(place.as_fd())?;
-    let stat = rustix::fs::fstat(&place)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+    let mode = query_change_time(place.as_fd())?;
+    if FileType::from_raw_mode(mode) != FileType::RegularFile {
         // Only regular files have pages to write back; opening a pipe or a device could block or act.
         return Ok(());
     }
@@ -89,10 +88,12 @@ fn openat2(
     Err(io::ErrorKind::WouldBlock.into())
 }
 
-fn query_change_time(fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Marks the change time as seen. Answers the file's mode.
+fn query_change_time(fd: BorrowedFd<'_>) -> io::Result<u32> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
-    rustix::fs::statx(fd, "", flags, StatxFlags::CTIME | StatxFlags::MTIME)?;
-    Ok(())
+    let wanted = StatxFlags::TYPE | StatxFlags::CTIME | StatxFlags::MTIME;
+    let stat = rustix::fs::statx(fd, "", flags, wanted)?;
+    Ok(u32::from(stat.stx_mode))
 }
 
 /// Starts writeback of all dirty pages, after waiting for such as is under way: a page that is dirtied

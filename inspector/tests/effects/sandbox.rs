@@ -222,10 +222,15 @@ impl Watched {
         let dirty = self.dirty_paths(&self.take()?)?;
         let failed = rearm::paths(&self.sandbox.upper(), &dirty)?;
         ensure!(failed.is_empty(), "{failed:?}");
+        self.wait_if_coarse();
+        Ok(())
+    }
+
+    /// What a host does after re-arming on kernels whose time stamps move with the tick only.
+    pub(crate) fn wait_if_coarse(&self) {
         if !multigrain() {
             std::thread::sleep(rearm::TICK);
         }
-        Ok(())
     }
 
     /// Dirty paths of the upper; dirty inodes elsewhere (the work directory) have none.

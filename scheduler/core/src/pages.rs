@@ -131,7 +131,11 @@ impl PageIndex {
 enum Piece {
     Known(Segment),
     /// A slice of the `pack`-th pack this packer makes.
-    New { pack: usize, offset: u32, len: u32 },
+    New {
+        pack: usize,
+        offset: u32,
+        len: u32,
+    },
 }
 
 /// Packs the images of one dump. Feed one image after another; recipes come at the end, when every pack has its name.

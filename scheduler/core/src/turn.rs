@@ -18,13 +18,25 @@ pub const MAX_WAITING: usize = 1024;
 pub enum State {
     Idle,
     /// A command runs.
-    Running { turn: TurnNo, key: String },
+    Running {
+        turn: TurnNo,
+        key: String,
+    },
     /// It ended; what it changed is being looked at.
-    Boundary { turn: TurnNo, key: String },
+    Boundary {
+        turn: TurnNo,
+        key: String,
+    },
     /// What it changed is being captured.
-    Capturing { turn: TurnNo, key: String },
+    Capturing {
+        turn: TurnNo,
+        key: String,
+    },
     /// The checkpoint or the record is being committed.
-    Committing { turn: TurnNo, key: String },
+    Committing {
+        turn: TurnNo,
+        key: String,
+    },
     /// The sandbox is gone: nothing runs any more.
     Stopped,
 }

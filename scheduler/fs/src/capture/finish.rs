@@ -1,0 +1,193 @@
+//! The end of every capture: hard links, net effects, nodes, the root.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tidepool_proto::recipe::BlobRef;
+use tidepool_proto::tree::{Kind, MAX_NODE_LEN, Meta, Node};
+use tidepool_proto::{ChunkName, MAX_CHUNK_LEN, TreeId};
+use tidepool_scheduler_core::cut::store_blob;
+
+use super::{CaptureError, Ctx, cut_error, shown};
+use crate::index::{Child, Dir, DirId, Leaf, TreeIndex, join};
+
+pub(super) fn finish(
+    ctx: &mut Ctx<'_>,
+    index: &mut TreeIndex,
+    previous: Option<&TreeIndex>,
+) -> Result<(), CaptureError> {
+    link_groups(index);
+    encode(ctx, index, previous)?;
+    index.count();
+    root(ctx, index, previous)
+}
+
+/// Gives all names of one file one number, and takes the number from files that have one name left.
+fn link_groups(index: &mut TreeIndex) {
+    let mut many: BTreeSet<u64> = index.grouped.clone();
+    many.extend(
+        index
+            .places
+            .iter()
+            .filter(|(_, p)| p.len() > 1)
+            .map(|(ino, _)| *ino),
+    );
+    let mut grouped = BTreeSet::new();
+    for ino in many {
+        let Some(places) = index.places.get(&ino).cloned() else {
+            continue;
+        };
+        let paths = places
+            .iter()
+            .filter_map(|(dir, name)| Some(join(&index.path(*dir)?, name)));
+        let group = match (places.len() > 1, paths.min()) {
+            (true, Some(first)) => {
+                grouped.insert(ino);
+                let mut number = [0; 8];
+                number.copy_from_slice(&blake3::hash(&first).as_bytes()[..8]);
+                Some(u64::from_le_bytes(number))
+            }
+            _ => None,
+        };
+        for (dir, name) in places {
+            let child = index.dirs.get(&dir).and_then(|d| d.children.get(&name));
+            let Some(Child::Leaf(leaf)) = child else {
+                continue;
+            };
+            let Kind::File {
+                content,
+                link_group,
+            } = &leaf.kind
+            else {
+                continue;
+            };
+            if *link_group != group {
+                let new = Arc::new(Leaf {
+                    ino,
+                    meta: leaf.meta.clone(),
+                    kind: Kind::File {
+                        content: content.clone(),
+                        link_group: group,
+                    },
+                });
+                if let Some(dir) = index.change(dir) {
+                    dir.children.insert(name, Child::Leaf(new));
+                }
+            }
+        }
+    }
+    index.grouped = grouped;
+}
+
+/// Encodes the nodes of all stale directories, children first.
+fn encode(
+    ctx: &mut Ctx<'_>,
+    index: &mut TreeIndex,
+    previous: Option<&TreeIndex>,
+) -> Result<(), CaptureError> {
+    // Each with the directory that had its path before.
+    let mut stack = vec![(index.root, previous.map(|p| p.root), false)];
+    while let Some((id, before, children_done)) = stack.pop() {
+        let Some(dir) = index.dirs.get(&id) else {
+            continue;
+        };
+        if !dir.stale {
+            continue;
+        }
+        let old = before.and_then(|b| previous?.dirs.get(&b));
+        if !children_done {
+            stack.push((id, before, true));
+            for (name, child) in &dir.children {
+                if let Child::Dir(sub) = child {
+                    let before = match old.and_then(|o| o.children.get(name)) {
+                        Some(Child::Dir(d)) => Some(*d),
+                        _ => None,
+                    };
+                    stack.push((*sub, before, false));
+                }
+            }
+            continue;
+        }
+        let node = node(ctx, index, dir, old.map(|o| o.as_ref()), id)?;
+        let meta = old
+            .filter(|old| old.node == node)
+            .and_then(|old| but_for_mtime(&dir.meta, &old.meta));
+        if let Some(dir) = index.dirs.get_mut(&id).map(Arc::make_mut) {
+            dir.node = node;
+            dir.stale = false;
+            if let Some(meta) = meta {
+                dir.meta = meta;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The old metadata, where the new one differs in nothing but its mtime.
+fn but_for_mtime(new: &Meta, old: &Meta) -> Option<Meta> {
+    let as_new = Meta {
+        mtime_s: new.mtime_s,
+        mtime_ns: new.mtime_ns,
+        ..old.clone()
+    };
+    (as_new == *new).then(|| old.clone())
+}
+
+fn node(
+    ctx: &mut Ctx<'_>,
+    index: &TreeIndex,
+    dir: &Dir,
+    old: Option<&Dir>,
+    id: DirId,
+) -> Result<Option<BlobRef>, CaptureError> {
+    if dir.children.is_empty() {
+        return Ok(None);
+    }
+    let bytes = index.node_of(dir).encode();
+    let path = || index.path(id).unwrap_or_default();
+    if bytes.len() > MAX_NODE_LEN {
+        return Err(CaptureError::Unsupported {
+            path: shown(&path()),
+            why: format!("its entries take {} bytes", bytes.len()),
+        });
+    }
+    let known: BTreeSet<&ChunkName> = old
+        .and_then(|o| o.node.as_ref())
+        .map(|n| n.chunks.iter().collect())
+        .unwrap_or_default();
+    let sink = &mut *ctx.sink;
+    store_blob(
+        ctx.key,
+        &bytes,
+        &mut |name, plain: &[u8]| match known.contains(&name) {
+            true => Ok(()),
+            false => sink.chunk(name, plain),
+        },
+    )
+    .map(Some)
+    .map_err(|e| cut_error(&path(), e))
+}
+
+fn root(
+    ctx: &mut Ctx<'_>,
+    index: &mut TreeIndex,
+    previous: Option<&TreeIndex>,
+) -> Result<(), CaptureError> {
+    let unsupported = |why: String| CaptureError::Unsupported {
+        path: ".".into(),
+        why,
+    };
+    let Some(dir) = index.dirs.get(&index.root) else {
+        return Err(unsupported("its index is empty".into()));
+    };
+    let bytes = Node::root(dir.meta.clone(), dir.node.clone()).encode();
+    if bytes.len() > MAX_CHUNK_LEN {
+        return Err(unsupported("its root does not fit one chunk".into()));
+    }
+    let name = ctx.key.name(&bytes);
+    index.tree = TreeId(name.0);
+    if previous.is_none_or(|p| p.tree != index.tree) {
+        ctx.sink.chunk(name, &bytes)?;
+    }
+    Ok(())
+}

@@ -15,7 +15,7 @@ use tidepool_init::{MAX_JOBS, PORT};
 /// Connections that have proved themselves.
 const MAX_CONNS: usize = 256;
 /// Connections that have not: when one more comes, the oldest of them goes.
-const MAX_STRANGERS: usize = 32;
+const MAX_STRANGERS: usize = 128;
 /// Output kept for all jobs together before the largest holders lose their oldest part.
 const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 

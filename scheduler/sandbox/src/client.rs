@@ -26,6 +26,9 @@ const ANSWER_TIME: Duration = Duration::from_secs(30);
 /// Events a job's reader may be ahead of whoever takes them.
 const EVENTS_AHEAD: usize = 16;
 
+/// What a connection ends with before it is proved.
+const CLOSED: &str = "it closed the connection at the handshake";
+
 /// Where a sandbox's init is and what proves the host to it.
 struct Address {
     netns: PathBuf,
@@ -168,22 +171,38 @@ impl InitClient {
         Self(Arc::new(Address { netns, key }))
     }
 
+    /// Makes a connection. Init closes one that has not proved itself when too many are in that state, be it by chance or
+    /// because something inside floods the port; so one closed at that point is tried again.
     async fn open(&self) -> Result<Connection> {
+        for _ in 0..4 {
+            match self.open_once().await {
+                Err(SandboxError::Init(why)) if why == CLOSED => {
+                    tokio::time::sleep(Duration::from_millis(rand::random_range(5..50))).await;
+                }
+                other => return other,
+            }
+        }
+        Err(init_error(AuthError::Forged))
+    }
+
+    async fn open_once(&self) -> Result<Connection> {
         let netns = self.0.netns.clone();
         let stream = blocking(move || netns::connect(&netns, PORT, CONNECT_TIME)).await?;
         let stream = TcpStream::from_std(stream).context(|| "a connection to init".into())?;
         let (mut from, mut to) = stream.into_split();
         within(CONNECT_TIME, async {
             let mut hello = [0; SERVER_HELLO];
-            from.read_exact(&mut hello).await.map_err(init_error)?;
+            from.read_exact(&mut hello)
+                .await
+                .map_err(|_| init_error(CLOSED))?;
             let (handshake, proof): (_, [u8; CLIENT_PROOF]) =
                 Handshake::client(&self.0.key, &hello, rand::random()).map_err(init_error)?;
-            to.write_all(&proof).await.map_err(init_error)?;
+            to.write_all(&proof).await.map_err(|_| init_error(CLOSED))?;
             let mut answer = [0; SERVER_PROOF];
             // A server that does not accept the proof just closes.
             from.read_exact(&mut answer)
                 .await
-                .map_err(|_| init_error(AuthError::Forged))?;
+                .map_err(|_| init_error(CLOSED))?;
             handshake
                 .check_server(&self.0.key, &answer)
                 .map_err(init_error)?;

@@ -54,7 +54,8 @@ pub(crate) fn mount(layers: &Layers) -> Result<()> {
             "overlay",
             &layers.merged,
             "overlay",
-            MountFlags::empty(),
+            // Reading must not look like a change.
+            MountFlags::NOATIME,
             Some(data.as_c_str()),
         )
     };

@@ -3,7 +3,11 @@
 //!
 //! These tests need root, runc and CRIU, and fail where they are missing.
 
-#![allow(dead_code, unreachable_pub, reason = "not every test file uses everything")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "not every test file uses everything"
+)]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -260,8 +264,20 @@ impl Host {
         (name, client)
     }
 
-    /// What is left of this host's sandboxes in the kernel.
+    /// What is left of this host's sandboxes in the kernel. Ended processes may take this machine's own init a moment to
+    /// reap.
     pub fn leftovers(&self) -> Vec<String> {
+        for _ in 0..500 {
+            let left = self.leftovers_now();
+            if left.is_empty() || left.iter().any(|l| !l.starts_with("process")) {
+                return left;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.leftovers_now()
+    }
+
+    fn leftovers_now(&self) -> Vec<String> {
         let own = self.dir.path().to_string_lossy().into_owned();
         let table = fs::read_to_string("/proc/self/mountinfo").expect("a mount table");
         let mut left: Vec<String> = table

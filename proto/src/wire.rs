@@ -1,1 +1,608 @@
-//! Messages between store nodes and their clients.
+//! Messages between store nodes and their clients: QUIC with mutual TLS, one bidirectional stream a request.
+//!
+//! A frame is the length of a message (u32, little-endian) and the message, in protobuf encoding; the client sends one
+//! [`Request`] and ends its side, the node answers with one [`Response`]. A stream's own order and end do the rest: no
+//! request numbers, no head-of-line blocking between requests.
+//!
+//! Requests carry no repeated messages: lists of names are concatenated, bodies stand in one piece beside their lengths.
+//! So a frame never costs much more memory decoded than on the wire, whatever it holds.
+//!
+//! Every request may be sent again: its effect is that of sending it once.
+
+use bytes::{Bytes, BytesMut};
+use prost::Message;
+
+use crate::error::ErrorKind;
+use crate::ids::ChunkName;
+
+/// The protocol and its version, negotiated by ALPN.
+pub const ALPN: &[u8] = b"tidepool/1";
+/// The name in every store node's certificate.
+pub const SERVER_NAME: &str = "tidepool-store";
+/// The most bytes of one message.
+pub const MAX_FRAME: usize = (16 << 20) + (64 << 10);
+/// The most body bytes a client puts into one request.
+pub const MAX_PUT_BYTES: usize = 8 << 20;
+/// The most bodies in one request.
+pub const MAX_PUT_BODIES: usize = 4096;
+/// The most names in one request.
+pub const MAX_NAMES: usize = 8192;
+/// Body or record bytes after which a node ends an answer early; the client asks for the rest.
+pub const ANSWER_BYTES: usize = 4 << 20;
+/// The longest sandbox or image name, in bytes.
+pub const MAX_RECORD_NAME: usize = 256;
+/// The most bytes of a sandbox's metadata or of an image's record.
+pub const MAX_RECORD: usize = 256 << 10;
+/// The longest a session lives without being renewed, in milliseconds.
+pub const MAX_SESSION_TTL_MS: u64 = 24 * 3600 * 1000;
+
+/// Why bytes are not a frame.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Longer than [`MAX_FRAME`].
+    #[error("a frame of {len} bytes is over the bound of {MAX_FRAME}")]
+    TooLong { len: u64 },
+    /// The stream ended inside a frame.
+    #[error("the stream ended inside a frame")]
+    Truncated,
+    /// Not a message of this protocol.
+    #[error("not a message of this protocol: {0}")]
+    Message(String),
+    /// A field is not what it should be.
+    #[error("{0}")]
+    Field(&'static str),
+}
+
+/// What a client asks of a store node.
+#[derive(Clone, PartialEq, Message)]
+pub struct Request {
+    #[prost(
+        oneof = "request::Op",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20"
+    )]
+    pub op: Option<request::Op>,
+}
+
+/// The operations of a [`Request`].
+pub mod request {
+    use bytes::Bytes;
+
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Op {
+        #[prost(message, tag = "1")]
+        Status(Status),
+        #[prost(message, tag = "2")]
+        Pin(Pin),
+        #[prost(message, tag = "3")]
+        Put(Put),
+        #[prost(message, tag = "4")]
+        EndSession(EndSession),
+        #[prost(message, tag = "5")]
+        Get(Get),
+        #[prost(message, tag = "6")]
+        CreateSandbox(CreateSandbox),
+        #[prost(message, tag = "7")]
+        TakeSandbox(TakeSandbox),
+        #[prost(message, tag = "8")]
+        UpdateSandboxMeta(UpdateSandboxMeta),
+        #[prost(message, tag = "9")]
+        RemoveSandbox(RemoveSandbox),
+        #[prost(message, tag = "10")]
+        Sandbox(Sandbox),
+        #[prost(message, tag = "11")]
+        Sandboxes(After),
+        #[prost(message, tag = "12")]
+        Commit(Commit),
+        #[prost(message, tag = "13")]
+        Manifest(Manifest),
+        #[prost(message, tag = "14")]
+        Manifests(FromTurn),
+        #[prost(message, tag = "15")]
+        TurnByKey(TurnByKey),
+        #[prost(message, tag = "16")]
+        Turns(FromTurn),
+        #[prost(message, tag = "17")]
+        PutImage(PutImage),
+        #[prost(message, tag = "18")]
+        Image(Image),
+        #[prost(message, tag = "19")]
+        Images(After),
+        #[prost(message, tag = "20")]
+        RemoveImage(Image),
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Status {}
+
+    /// Pins names for a session, present or not.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Pin {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub session: Bytes,
+        /// How long the session lives from now without being renewed.
+        #[prost(uint64, tag = "2")]
+        pub ttl_ms: u64,
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub names: Bytes,
+    }
+
+    /// Stores bodies and pins their names.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Put {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub session: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub ttl_ms: u64,
+        #[prost(bytes = "bytes", tag = "3")]
+        pub names: Bytes,
+        /// One u32, little-endian, for each name.
+        #[prost(bytes = "bytes", tag = "4")]
+        pub lens: Bytes,
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "5")]
+        pub bodies: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct EndSession {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub session: Bytes,
+    }
+
+    /// Reads bodies. The answer may hold only the first ones.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Get {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub names: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct CreateSandbox {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+        #[prost(string, tag = "2")]
+        pub name: String,
+        #[prost(bytes = "bytes", tag = "3")]
+        pub meta: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct TakeSandbox {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+        /// 16 random bytes, the same when the request is sent again: one taking is one new epoch.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub token: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct UpdateSandboxMeta {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub epoch: u64,
+        /// The version this replaces; another one is a conflict.
+        #[prost(uint64, tag = "3")]
+        pub version: u64,
+        #[prost(bytes = "bytes", tag = "4")]
+        pub meta: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct RemoveSandbox {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub epoch: u64,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Sandbox {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+    }
+
+    /// A page of a list: what comes after a key.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct After {
+        /// Empty for the first page.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub after: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Commit {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub epoch: u64,
+        #[prost(uint64, tag = "3")]
+        pub turn: u64,
+        /// The turn's idempotency key; empty for none.
+        #[prost(string, tag = "4")]
+        pub key: String,
+        #[prost(bytes = "bytes", tag = "5")]
+        pub record: Bytes,
+        /// Empty where the turn commits no new checkpoint.
+        #[prost(bytes = "bytes", tag = "6")]
+        pub checkpoint: Bytes,
+        #[prost(bytes = "bytes", tag = "7")]
+        pub manifest: Bytes,
+        /// The upload that brought the checkpoint's chunks; empty for none.
+        #[prost(bytes = "bytes", tag = "8")]
+        pub session: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Manifest {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub checkpoint: Bytes,
+    }
+
+    /// A page of a sandbox's history, from a turn on.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct FromTurn {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub from: u64,
+        #[prost(uint32, tag = "3")]
+        pub limit: u32,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct TurnByKey {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        #[prost(string, tag = "2")]
+        pub key: String,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct PutImage {
+        #[prost(string, tag = "1")]
+        pub name: String,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub record: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Image {
+        #[prost(string, tag = "1")]
+        pub name: String,
+    }
+}
+
+/// What a store node answers.
+#[derive(Clone, PartialEq, Message)]
+pub struct Response {
+    #[prost(oneof = "response::Op", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    pub op: Option<response::Op>,
+}
+
+/// The answers of a [`Response`].
+pub mod response {
+    use bytes::Bytes;
+
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Op {
+        #[prost(message, tag = "1")]
+        Error(Error),
+        #[prost(message, tag = "2")]
+        Done(Done),
+        #[prost(message, tag = "3")]
+        Status(Status),
+        /// The names not in the store, concatenated.
+        #[prost(bytes = "bytes", tag = "4")]
+        Missing(Bytes),
+        #[prost(message, tag = "5")]
+        Put(Put),
+        #[prost(message, tag = "6")]
+        Bodies(Bodies),
+        #[prost(uint64, tag = "7")]
+        Epoch(u64),
+        #[prost(message, tag = "8")]
+        Sandboxes(Sandboxes),
+        #[prost(message, tag = "9")]
+        Records(Records),
+        /// One record; `Error` with `NotFound` where there is none.
+        #[prost(bytes = "bytes", tag = "10")]
+        Record(Bytes),
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Error {
+        /// As [`super::kind_code`].
+        #[prost(uint32, tag = "1")]
+        pub kind: u32,
+        #[prost(string, tag = "2")]
+        pub text: String,
+        /// Sending the request again soon may succeed.
+        #[prost(bool, tag = "3")]
+        pub again: bool,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Done {}
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Status {
+        #[prost(uint64, tag = "1")]
+        pub chunks: u64,
+        #[prost(uint64, tag = "2")]
+        pub chunk_bytes: u64,
+        #[prost(bool, tag = "3")]
+        pub ready: bool,
+        /// Writes are refused for want of room.
+        #[prost(bool, tag = "4")]
+        pub full: bool,
+        #[prost(uint64, tag = "5")]
+        pub free_bytes: u64,
+        /// Damaged bodies and records met since the node started.
+        #[prost(uint64, tag = "6")]
+        pub corruptions: u64,
+        #[prost(uint64, tag = "7")]
+        pub refused: u64,
+        #[prost(string, tag = "8")]
+        pub version: String,
+        #[prost(string, tag = "9")]
+        pub cluster: String,
+        #[prost(uint32, tag = "10")]
+        pub shards: u32,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Put {
+        /// Bodies stored by this request.
+        #[prost(uint64, tag = "1")]
+        pub stored: u64,
+        #[prost(uint64, tag = "2")]
+        pub stored_bytes: u64,
+        /// Bodies that were there already.
+        #[prost(uint64, tag = "3")]
+        pub present: u64,
+    }
+
+    /// The first bodies of those asked for: at least one where any was.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Bodies {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub lens: Bytes,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub bodies: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Sandbox {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+        #[prost(string, tag = "2")]
+        pub name: String,
+        #[prost(uint64, tag = "3")]
+        pub epoch: u64,
+        /// Committed turns; they are numbered from the first one on without a gap.
+        #[prost(uint64, tag = "4")]
+        pub turns: u64,
+        #[prost(uint64, tag = "5")]
+        pub last_turn: u64,
+        /// Empty where nothing is committed.
+        #[prost(bytes = "bytes", tag = "6")]
+        pub head: Bytes,
+        #[prost(uint64, tag = "7")]
+        pub version: u64,
+        #[prost(bytes = "bytes", tag = "8")]
+        pub meta: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Sandboxes {
+        #[prost(message, repeated, tag = "1")]
+        pub items: Vec<Sandbox>,
+        /// Where the next page begins; empty where this is the last.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub next: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Record {
+        /// A turn, where the list is by turn.
+        #[prost(uint64, tag = "1")]
+        pub turn: u64,
+        /// A name or an id.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub key: Bytes,
+        #[prost(bytes = "bytes", tag = "3")]
+        pub bytes: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Records {
+        #[prost(message, repeated, tag = "1")]
+        pub items: Vec<Record>,
+        /// More follows the last of these.
+        #[prost(bool, tag = "2")]
+        pub more: bool,
+    }
+}
+
+impl From<request::Op> for Request {
+    fn from(op: request::Op) -> Self {
+        Self { op: Some(op) }
+    }
+}
+
+impl From<response::Op> for Response {
+    fn from(op: response::Op) -> Self {
+        Self { op: Some(op) }
+    }
+}
+
+/// The frame of a message.
+pub fn frame(message: &impl Message) -> Result<Bytes, WireError> {
+    let len = message.encoded_len();
+    if len > MAX_FRAME {
+        return Err(WireError::TooLong { len: len as u64 });
+    }
+    let mut buf = BytesMut::with_capacity(4 + len);
+    buf.extend_from_slice(&(len as u32).to_le_bytes());
+    message
+        .encode(&mut buf)
+        .map_err(|e| WireError::Message(e.to_string()))?;
+    Ok(buf.freeze())
+}
+
+/// The length that a frame opens with, checked.
+pub fn frame_len(head: [u8; 4]) -> Result<usize, WireError> {
+    let len = u32::from_le_bytes(head) as usize;
+    if len > MAX_FRAME {
+        return Err(WireError::TooLong { len: len as u64 });
+    }
+    Ok(len)
+}
+
+/// The message in a frame's bytes, without its length.
+pub fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, WireError> {
+    M::decode(bytes).map_err(|e| WireError::Message(e.to_string()))
+}
+
+/// Fixed-length bytes of a field.
+pub fn array<const N: usize>(bytes: &[u8], what: &'static str) -> Result<[u8; N], WireError> {
+    bytes.try_into().map_err(|_| WireError::Field(what))
+}
+
+/// Names, concatenated.
+pub fn join_names<'a>(names: impl IntoIterator<Item = &'a ChunkName>) -> Bytes {
+    let mut out = BytesMut::new();
+    for name in names {
+        out.extend_from_slice(&name.0);
+    }
+    out.freeze()
+}
+
+/// What [`join_names`] joined.
+pub fn split_names(bytes: &[u8]) -> Result<Vec<ChunkName>, WireError> {
+    let (names, rest) = bytes.as_chunks::<32>();
+    if !rest.is_empty() {
+        return Err(WireError::Field(
+            "a list of names is not a whole number of them",
+        ));
+    }
+    if names.len() > MAX_NAMES {
+        return Err(WireError::Field("too many names in one request"));
+    }
+    Ok(names.iter().map(|n| ChunkName(*n)).collect())
+}
+
+/// Bodies in one piece, beside their lengths.
+pub fn join_bodies<'a>(bodies: impl Iterator<Item = &'a Bytes> + Clone) -> (Bytes, Bytes) {
+    let (mut lens, mut all) = (
+        BytesMut::new(),
+        BytesMut::with_capacity(bodies.clone().map(Bytes::len).sum()),
+    );
+    for body in bodies {
+        lens.extend_from_slice(&(body.len() as u32).to_le_bytes());
+        all.extend_from_slice(body);
+    }
+    (lens.freeze(), all.freeze())
+}
+
+/// What [`join_bodies`] joined; the bodies share the memory of `all`.
+pub fn split_bodies(lens: &[u8], mut all: Bytes) -> Result<Vec<Bytes>, WireError> {
+    let (lens, rest) = lens.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(WireError::Field(
+            "a list of lengths is not a whole number of them",
+        ));
+    }
+    if lens.len() > MAX_NAMES {
+        return Err(WireError::Field("too many bodies in one message"));
+    }
+    let mut bodies = Vec::with_capacity(lens.len());
+    for len in lens {
+        let len = u32::from_le_bytes(*len) as usize;
+        if len > all.len() {
+            return Err(WireError::Field(
+                "the bodies are shorter than their lengths say",
+            ));
+        }
+        bodies.push(all.split_to(len));
+    }
+    if !all.is_empty() {
+        return Err(WireError::Field(
+            "the bodies are longer than their lengths say",
+        ));
+    }
+    Ok(bodies)
+}
+
+const KINDS: [ErrorKind; 8] = [
+    ErrorKind::Failed,
+    ErrorKind::Invalid,
+    ErrorKind::NotFound,
+    ErrorKind::Conflict,
+    ErrorKind::Fenced,
+    ErrorKind::Unavailable,
+    ErrorKind::Corruption,
+    ErrorKind::Denied,
+];
+
+/// An error kind's number on the wire.
+pub fn kind_code(kind: ErrorKind) -> u32 {
+    KINDS.iter().position(|k| *k == kind).unwrap_or(0) as u32
+}
+
+/// The kind of a number; a number of a newer peer is `Failed`.
+pub fn kind_of(code: u32) -> ErrorKind {
+    KINDS
+        .get(code as usize)
+        .copied()
+        .unwrap_or(ErrorKind::Failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_join_and_split() {
+        let bodies = [
+            Bytes::from_static(b"ab"),
+            Bytes::new(),
+            Bytes::from_static(b"c"),
+        ];
+        let (lens, all) = join_bodies(bodies.iter());
+        assert_eq!(split_bodies(&lens, all.clone()).unwrap(), bodies);
+        assert!(split_bodies(&lens[..11], all.clone()).is_err());
+        assert!(split_bodies(&lens[..8], all.clone()).is_err());
+        assert!(split_bodies(&lens, all.slice(..2)).is_err());
+    }
+
+    #[test]
+    fn frames_are_bounded() {
+        let request = Request::from(request::Op::PutImage(request::PutImage {
+            name: "x".into(),
+            record: vec![0; MAX_FRAME].into(),
+        }));
+        assert!(matches!(frame(&request), Err(WireError::TooLong { .. })));
+        assert!(frame_len((MAX_FRAME as u32 + 1).to_le_bytes()).is_err());
+        let ok = Request::from(request::Op::Status(request::Status {}));
+        let bytes = frame(&ok).unwrap();
+        assert_eq!(
+            frame_len(bytes[..4].try_into().unwrap()).unwrap(),
+            bytes.len() - 4
+        );
+        assert_eq!(decode::<Request>(bytes.slice(4..)).unwrap(), ok);
+        assert!(decode::<Request>(Bytes::from_static(b"\xff\xff\xff")).is_err());
+    }
+
+    #[test]
+    fn kinds_keep_their_numbers() {
+        for kind in KINDS {
+            assert_eq!(kind_of(kind_code(kind)), kind);
+        }
+        assert_eq!(kind_of(99), ErrorKind::Failed);
+    }
+}

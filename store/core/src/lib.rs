@@ -1,1 +1,35 @@
-//! tidepool-store-core
+//! What a store cluster remembers, as deterministic state machines: commands in, results and key/value writes out.
+//!
+//! There are two kinds of raft group. The one **meta** group keeps what is cluster-wide and changes rarely: the names of
+//! sandboxes and the records of images. Each of the S **shards** keeps the chunks whose names hash to it (with the
+//! sessions that pin them) and the sandboxes whose ids do (epoch, turns, manifests, idempotency keys).
+//!
+//! [`apply`] is the whole interface: it reads through [`KvRead`], and gives back [`Write`]s that the caller makes durable in one
+//! batch with the applied index. It never writes, and never reads what it is about to write.
+//!
+//! Invariants:
+//! - equal states and equal commands give equal results and writes: no clock, no randomness, no iteration order of a hash map;
+//! - a refused command writes nothing;
+//! - every command may be applied again, at once or later: the second time changes nothing that the first did not
+//!   (a delayed copy of an old request can undo nothing newer);
+//! - epochs of a sandbox only grow; a commit with another epoch than the current is refused;
+//! - the turns of a sandbox have no gaps, and a recorded turn never changes.
+//!
+//! Elsewhere on purpose: bodies (the store keeps them beside the log), leaders, replication and time (the raft driver).
+
+mod apply;
+mod chunks;
+mod command;
+mod images;
+pub mod keys;
+mod kv;
+mod names;
+mod records;
+mod sandboxes;
+mod shard;
+
+pub use apply::{Group, Outcome, Refusal, Reply, apply};
+pub use command::{Command, op};
+pub use kv::{KvRead, ReadError, Write, prefix_end};
+pub use records::{SandboxState, SessionState, ShardStats, decode_manifest, decode_number};
+pub use shard::{META_GROUP, ShardMap};

@@ -1,0 +1,203 @@
+//! Chunks: sessions, and bodies in and out. Large calls are split into requests that are under way together.
+
+use std::collections::{HashMap, HashSet};
+use std::future::Future;
+
+use bytes::Bytes;
+use tidepool_proto::body::{MAX_BODY_LEN, check};
+use tidepool_proto::wire::{
+    MAX_NAMES, MAX_PUT_BODIES, MAX_PUT_BYTES, join_bodies, join_names, request, response,
+    split_bodies, split_names,
+};
+use tidepool_proto::{ChunkName, ErrorKind, SessionId};
+use tokio::task::JoinSet;
+
+use crate::{Client, ClientError, PutStats};
+
+/// Requests with bodies that one call has under way.
+const AT_ONCE: usize = 4;
+/// Names asked for in one request: more than fit one answer, so that answers are full.
+const GET_NAMES: usize = 512;
+
+impl Client {
+    /// Pins names for a session, which opens with its first call and lives on with each: no collection takes them until it ends.
+    /// Gives the names that are not in the store, in order, each once.
+    pub async fn pin(
+        &self,
+        session: SessionId,
+        names: &[ChunkName],
+    ) -> Result<Vec<ChunkName>, ClientError> {
+        let names = unique(names);
+        let mut missing = Vec::new();
+        for part in names.chunks(MAX_NAMES) {
+            let op = request::Op::Pin(request::Pin {
+                session: Bytes::copy_from_slice(&session.0),
+                ttl_ms: self.ttl_ms(),
+                names: join_names(part),
+            });
+            match self.link.call(op).await? {
+                response::Op::Missing(names) => missing.extend(split_names(&names)?),
+                _ => return Err(ClientError::unexpected()),
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Stores bodies, which are durable and pinned for the session when this returns. Bodies that are there already cost a look-up.
+    pub async fn put(
+        &self,
+        session: SessionId,
+        bodies: Vec<(ChunkName, Bytes)>,
+    ) -> Result<PutStats, ClientError> {
+        let mut seen = HashSet::with_capacity(bodies.len());
+        let mut batches: Vec<Vec<(ChunkName, Bytes)>> = Vec::new();
+        let mut bytes = 0;
+        for (name, body) in bodies {
+            if body.len() > MAX_BODY_LEN {
+                return Err(ClientError::new(
+                    ErrorKind::Invalid,
+                    format!("the body of chunk {name} has {} bytes", body.len()),
+                ));
+            }
+            if !seen.insert(name) {
+                continue;
+            }
+            match batches.last_mut() {
+                Some(last)
+                    if last.len() < MAX_PUT_BODIES && bytes + body.len() <= MAX_PUT_BYTES =>
+                {
+                    bytes += body.len();
+                    last.push((name, body));
+                }
+                _ => {
+                    bytes = body.len();
+                    batches.push(vec![(name, body)]);
+                }
+            }
+        }
+        let parts = batches.into_iter().map(|batch| {
+            let client = self.clone();
+            async move { client.put_batch(session, batch).await }
+        });
+        let mut total = PutStats::default();
+        for (_, part) in together(parts).await? {
+            total.stored += part.stored;
+            total.stored_bytes += part.stored_bytes;
+            total.present += part.present;
+        }
+        Ok(total)
+    }
+
+    async fn put_batch(
+        &self,
+        session: SessionId,
+        batch: Vec<(ChunkName, Bytes)>,
+    ) -> Result<PutStats, ClientError> {
+        let (lens, bodies) = join_bodies(batch.iter().map(|(_, b)| b));
+        let op = request::Op::Put(request::Put {
+            session: Bytes::copy_from_slice(&session.0),
+            ttl_ms: self.ttl_ms(),
+            names: join_names(batch.iter().map(|(n, _)| n)),
+            lens,
+            bodies,
+        });
+        drop(batch);
+        match self.link.call(op).await? {
+            response::Op::Put(p) => Ok(PutStats {
+                stored: p.stored,
+                stored_bytes: p.stored_bytes,
+                present: p.present,
+            }),
+            _ => Err(ClientError::unexpected()),
+        }
+    }
+
+    /// Ends a session: its pins go. One that does not exist has ended.
+    pub async fn end_session(&self, session: SessionId) -> Result<(), ClientError> {
+        let op = request::Op::EndSession(request::EndSession {
+            session: Bytes::copy_from_slice(&session.0),
+        });
+        self.done(op).await
+    }
+
+    /// Reads bodies, in the order of `names`, their checksums verified. All are in memory at once: ask for no more than that has room for.
+    pub async fn get(&self, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientError> {
+        let wanted = unique(names);
+        let parts = wanted.chunks(GET_NAMES).map(|part| {
+            let (client, part) = (self.clone(), part.to_vec());
+            async move { client.get_part(&part).await }
+        });
+        let mut found: HashMap<ChunkName, Bytes> = HashMap::with_capacity(wanted.len());
+        for (i, bodies) in together(parts).await? {
+            found.extend(wanted[i * GET_NAMES..].iter().copied().zip(bodies));
+        }
+        names
+            .iter()
+            .map(|n| found.get(n).cloned().ok_or_else(ClientError::unexpected))
+            .collect()
+    }
+
+    async fn get_part(&self, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientError> {
+        let mut bodies: Vec<Bytes> = Vec::with_capacity(names.len());
+        while bodies.len() < names.len() {
+            let op = request::Op::Get(request::Get {
+                names: join_names(&names[bodies.len()..]),
+            });
+            let answer = match self.link.call(op).await? {
+                response::Op::Bodies(b) => split_bodies(&b.lens, b.bodies)?,
+                _ => return Err(ClientError::unexpected()),
+            };
+            if answer.is_empty() || answer.len() > names.len() - bodies.len() {
+                return Err(ClientError::unexpected());
+            }
+            for body in answer {
+                if let Err(e) = check(&body) {
+                    let name = names[bodies.len()];
+                    return Err(ClientError::new(
+                        ErrorKind::Corruption,
+                        format!("chunk {name} arrived damaged: {e}"),
+                    ));
+                }
+                bodies.push(body);
+            }
+        }
+        Ok(bodies)
+    }
+
+    fn ttl_ms(&self) -> u64 {
+        u64::try_from(self.link.cfg.session_ttl.as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+fn unique(names: &[ChunkName]) -> Vec<ChunkName> {
+    let mut seen = HashSet::with_capacity(names.len());
+    names.iter().copied().filter(|n| seen.insert(*n)).collect()
+}
+
+/// Runs futures, a few at once, and gives their results with their positions. The first error ends them all.
+async fn together<T, F>(parts: impl Iterator<Item = F>) -> Result<Vec<(usize, T)>, ClientError>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, ClientError>> + Send + 'static,
+{
+    let mut parts = parts.enumerate();
+    let mut running = JoinSet::new();
+    let mut out = Vec::new();
+    loop {
+        while running.len() < AT_ONCE
+            && let Some((i, part)) = parts.next()
+        {
+            running.spawn(async move { part.await.map(|t| (i, t)) });
+        }
+        match running.join_next().await {
+            None => return Ok(out),
+            Some(Ok(result)) => out.push(result?),
+            Some(Err(e)) => {
+                return Err(ClientError::new(
+                    ErrorKind::Failed,
+                    format!("a part of the call died: {e}"),
+                ));
+            }
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Frames on a QUIC stream, for both ends.
+
+use bytes::{Bytes, BytesMut};
+use quinn::{ReadError, ReadExactError, RecvStream};
+use tidepool_proto::wire::{self, WireError};
+
+/// Why a frame could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The other side sent something else.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The connection failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+/// Reads one frame to its end, of at most [`wire::MAX_FRAME`] bytes.
+pub async fn read(stream: &mut RecvStream) -> Result<Bytes, FrameError> {
+    let len = read_len(stream).await?;
+    read_body(stream, len).await
+}
+
+/// Reads the length that a frame opens with, and checks it.
+pub async fn read_len(stream: &mut RecvStream) -> Result<usize, FrameError> {
+    let mut head = [0u8; 4];
+    match stream.read_exact(&mut head).await {
+        Ok(()) => {}
+        Err(ReadExactError::FinishedEarly(_)) => return Err(WireError::Truncated.into()),
+        Err(ReadExactError::ReadError(e)) => return Err(e.into()),
+    }
+    Ok(wire::frame_len(head)?)
+}
+
+/// Reads what follows the length. Memory grows with what arrives, not with what the length promises.
+pub async fn read_body(stream: &mut RecvStream, len: usize) -> Result<Bytes, FrameError> {
+    let mut buf = BytesMut::with_capacity(len.min(256 << 10));
+    while buf.len() < len {
+        match stream.read_chunk(len - buf.len(), true).await? {
+            Some(chunk) => buf.extend_from_slice(&chunk.bytes),
+            None => return Err(WireError::Truncated.into()),
+        }
+    }
+    Ok(buf.freeze())
+}

@@ -1,0 +1,146 @@
+//! The commands of the raft log. Those that a client asks for have the client's message as their body.
+
+use bytes::Bytes;
+use tidepool_proto::wire::request;
+
+/// One entry of a group's log.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Command {
+    /// The leader's time when it proposed this, in milliseconds since the Unix epoch.
+    #[prost(uint64, tag = "1")]
+    pub now_ms: u64,
+    #[prost(
+        oneof = "op::Op",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+    )]
+    pub op: Option<op::Op>,
+}
+
+impl Command {
+    /// A command proposed at `now_ms`.
+    pub fn new(now_ms: u64, op: op::Op) -> Self {
+        Self {
+            now_ms,
+            op: Some(op),
+        }
+    }
+}
+
+/// The operations of a [`Command`].
+pub mod op {
+    use super::{Bytes, request};
+
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Op {
+        /// Shard.
+        #[prost(message, tag = "2")]
+        Pin(Pin),
+        /// Shard.
+        #[prost(message, tag = "3")]
+        AddChunks(AddChunks),
+        /// Shard.
+        #[prost(message, tag = "4")]
+        EndSession(EndSession),
+        /// Shard.
+        #[prost(message, tag = "5")]
+        ExpireSessions(ExpireSessions),
+        /// Shard.
+        #[prost(message, tag = "6")]
+        CreateSandbox(request::CreateSandbox),
+        /// Shard.
+        #[prost(message, tag = "7")]
+        FenceUnborn(FenceUnborn),
+        /// Shard.
+        #[prost(message, tag = "8")]
+        TakeSandbox(request::TakeSandbox),
+        /// Shard.
+        #[prost(message, tag = "9")]
+        UpdateSandboxMeta(request::UpdateSandboxMeta),
+        /// Shard.
+        #[prost(message, tag = "10")]
+        RemoveSandbox(request::RemoveSandbox),
+        /// Shard.
+        #[prost(message, tag = "11")]
+        Commit(request::Commit),
+        /// Meta.
+        #[prost(message, tag = "12")]
+        ReserveName(ReserveName),
+        /// Meta.
+        #[prost(message, tag = "13")]
+        ReleaseName(ReleaseName),
+        /// Meta.
+        #[prost(message, tag = "14")]
+        PutImage(request::PutImage),
+        /// Meta.
+        #[prost(message, tag = "15")]
+        RemoveImage(request::Image),
+    }
+
+    /// Pins names for a session, present or not; opens the session where it is new.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Pin {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub session: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub expires_ms: u64,
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub names: Bytes,
+    }
+
+    /// Records chunks whose bodies are stored wherever this entry is, and pins them.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct AddChunks {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub session: Bytes,
+        #[prost(uint64, tag = "2")]
+        pub expires_ms: u64,
+        #[prost(bytes = "bytes", tag = "3")]
+        pub names: Bytes,
+        /// Lengths of the bodies: one u32, little-endian, for each name.
+        #[prost(bytes = "bytes", tag = "4")]
+        pub lens: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct EndSession {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub session: Bytes,
+    }
+
+    /// Ends those of these sessions whose time is over at the command's time.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ExpireSessions {
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sessions: Bytes,
+    }
+
+    /// Makes sure that a sandbox which does not exist never will: the name it reserved can then be given to another.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct FenceUnborn {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+    }
+
+    /// Gives a name to a sandbox.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ReserveName {
+        #[prost(string, tag = "1")]
+        pub name: String,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub id: Bytes,
+        /// A sandbox that is known to be fenced, whose name may be taken away; empty for none.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub replacing: Bytes,
+    }
+
+    /// Frees a name, if it is this sandbox's.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ReleaseName {
+        #[prost(string, tag = "1")]
+        pub name: String,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub id: Bytes,
+    }
+}

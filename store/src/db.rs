@@ -1,0 +1,317 @@
+//! The database: one RocksDB with a column family for raft logs, one for the groups' states and one for bodies.
+//!
+//! One write-ahead log orders everything, so a batch written without a sync is durable no later than the next batch with one. Bodies
+//! in large batches skip that log and are flushed instead (see [`crate::bodies`]).
+//!
+//! Values of states carry a checksum over key and value beside RocksDB's own: a value that is damaged anywhere on its way, or stands at
+//! another key, is an error and never an answer. A damaged write-ahead log stops the start; only a record cut off at its very end
+//! (the write that was under way when the process or the machine died) is dropped.
+
+use std::path::{Path, PathBuf};
+
+use rocksdb::{
+    BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType,
+    DBRecoveryMode, DBWithThreadMode, Direction, IteratorMode, MultiThreaded, Options, ReadOptions,
+    WriteBatch, WriteOptions,
+};
+use std::sync::Arc;
+
+use crate::error::StoreError;
+
+const STATE: &str = "state";
+const RAFT: &str = "raft";
+const BODIES: &str = "bodies";
+const SUM: usize = 4;
+
+/// A failed read or write.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DbError {
+    /// The bytes are not those that were written.
+    #[error("{0}")]
+    Corruption(String),
+    /// No room on the disk; nothing was promised.
+    #[error("the disk is full: {0}")]
+    Full(String),
+    /// The disk failed. What was being written may or may not be there.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<rocksdb::Error> for DbError {
+    fn from(e: rocksdb::Error) -> Self {
+        let text = e.to_string();
+        // A sync that failed for want of room may have dropped pages that were thought written: that is a failure.
+        if text.contains("No space left on device") && !text.contains("sync") {
+            return DbError::Full(text);
+        }
+        match e.kind() {
+            rocksdb::ErrorKind::Corruption => DbError::Corruption(text),
+            _ => DbError::Failed(text),
+        }
+    }
+}
+
+/// The node's database. Clones share it.
+#[derive(Clone)]
+pub struct Db {
+    inner: Arc<DBWithThreadMode<MultiThreaded>>,
+    path: Arc<PathBuf>,
+}
+
+fn table_options(cache: &Cache) -> Options {
+    let mut block = BlockBasedOptions::default();
+    block.set_block_cache(cache);
+    block.set_bloom_filter(10.0, false);
+    block.set_format_version(5);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&block);
+    options.set_compression_type(DBCompressionType::None);
+    options.set_write_buffer_size(32 << 20);
+    options
+}
+
+impl Db {
+    /// Opens the database in `path`, or makes it.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let cache = Cache::new_lru_cache(64 << 20);
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        options.set_paranoid_checks(true);
+        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        options.set_max_total_wal_size(256 << 20);
+        options.set_max_background_jobs(2);
+        options.set_max_open_files(2048);
+        options.set_keep_log_file_num(4);
+        options.set_max_log_file_size(4 << 20);
+        let mut bodies = table_options(&cache);
+        bodies.set_enable_blob_files(true);
+        bodies.set_min_blob_size(512);
+        bodies.set_blob_file_size(256 << 20);
+        bodies.set_enable_blob_gc(true);
+        bodies.set_write_buffer_size(64 << 20);
+        bodies.set_level_zero_slowdown_writes_trigger(40);
+        bodies.set_level_zero_stop_writes_trigger(64);
+        let families = [
+            ColumnFamilyDescriptor::new("default", table_options(&cache)),
+            ColumnFamilyDescriptor::new(RAFT, table_options(&cache)),
+            ColumnFamilyDescriptor::new(STATE, table_options(&cache)),
+            ColumnFamilyDescriptor::new(BODIES, bodies),
+        ];
+        let inner =
+            DBWithThreadMode::open_cf_descriptors(&options, path, families).map_err(|source| {
+                StoreError::Database {
+                    path: path.to_owned(),
+                    source,
+                }
+            })?;
+        Ok(Self {
+            inner: Arc::new(inner),
+            path: Arc::new(path.to_owned()),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn family(&self, name: &str) -> Result<Arc<BoundColumnFamily<'_>>, DbError> {
+        self.inner
+            .cf_handle(name)
+            .ok_or_else(|| DbError::Failed(format!("the database has no column family {name}")))
+    }
+
+    /// Starts a batch.
+    pub fn batch(&self) -> Result<Batch<'_>, DbError> {
+        Ok(Batch {
+            raft: self.family(RAFT)?,
+            state: self.family(STATE)?,
+            bodies: self.family(BODIES)?,
+            inner: WriteBatch::default(),
+        })
+    }
+
+    /// Writes a batch; with `sync` it and all before it are durable on return.
+    pub fn write(&self, batch: WriteBatch, sync: bool) -> Result<(), DbError> {
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        Ok(self.inner.write_opt(batch, &options)?)
+    }
+
+    /// Writes a batch of bodies past the log, and flushes them: durable on return.
+    pub fn write_bodies_flushed(&self, batch: WriteBatch) -> Result<(), DbError> {
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.inner.write_opt(batch, &options)?;
+        Ok(self.inner.flush_cf(&self.family(BODIES)?)?)
+    }
+
+    /// A body, unchecked.
+    pub fn body(&self, name: &[u8]) -> Result<Option<Vec<u8>>, DbError> {
+        let mut options = ReadOptions::default();
+        // Bodies have a checksum of their own, and they would push everything else out of the cache.
+        options.fill_cache(false);
+        Ok(self
+            .inner
+            .get_cf_opt(&self.family(BODIES)?, name, &options)?)
+    }
+
+    /// A value of the raft family.
+    pub fn raft(&self, key: &[u8]) -> Result<Option<Vec<u8>>, DbError> {
+        let key_value = self.inner.get_cf(&self.family(RAFT)?, key)?;
+        key_value.map(|v| unseal(key, v)).transpose()
+    }
+
+    /// A value of a group's state.
+    pub fn state(&self, group: u32, key: &[u8]) -> Result<Option<Vec<u8>>, DbError> {
+        let full = group_key(group, key);
+        let value = self.inner.get_cf(&self.family(STATE)?, &full)?;
+        value.map(|v| unseal(&full, v)).transpose()
+    }
+
+    /// Calls `each` with keys (of the group) and values in order, from `from` on, while keys open with `prefix` and `each` says true.
+    pub fn scan_state(
+        &self,
+        group: u32,
+        prefix: &[u8],
+        from: &[u8],
+        mut each: impl FnMut(&[u8], Vec<u8>) -> bool,
+    ) -> Result<(), DbError> {
+        let (prefix, from) = (group_key(group, prefix), group_key(group, from));
+        self.scan(STATE, &prefix, &from, |key, value| each(&key[4..], value))
+    }
+
+    /// The same over the raft family.
+    pub fn scan_raft(
+        &self,
+        prefix: &[u8],
+        each: impl FnMut(&[u8], Vec<u8>) -> bool,
+    ) -> Result<(), DbError> {
+        self.scan(RAFT, prefix, prefix, each)
+    }
+
+    fn scan(
+        &self,
+        family: &str,
+        prefix: &[u8],
+        from: &[u8],
+        mut each: impl FnMut(&[u8], Vec<u8>) -> bool,
+    ) -> Result<(), DbError> {
+        let family = self.family(family)?;
+        let mut options = ReadOptions::default();
+        if let Some(end) = tidepool_store_core::prefix_end(prefix) {
+            options.set_iterate_upper_bound(end);
+        }
+        let start = prefix.max(from);
+        let mode = IteratorMode::From(start, Direction::Forward);
+        for item in self.inner.iterator_cf_opt(&family, options, mode) {
+            let (key, value) = item?;
+            if !key.starts_with(prefix) {
+                break;
+            }
+            let value = unseal(&key, value.into_vec())?;
+            if !each(&key, value) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes everything in memory to disk.
+    pub fn flush_all(&self) -> Result<(), DbError> {
+        for name in [RAFT, STATE, BODIES] {
+            self.inner.flush_cf(&self.family(name)?)?;
+        }
+        Ok(self.inner.flush_wal(true)?)
+    }
+}
+
+/// Writes that become visible and durable together.
+pub struct Batch<'a> {
+    raft: Arc<BoundColumnFamily<'a>>,
+    state: Arc<BoundColumnFamily<'a>>,
+    bodies: Arc<BoundColumnFamily<'a>>,
+    inner: WriteBatch,
+}
+
+impl Batch<'_> {
+    pub fn put_raft(&mut self, key: &[u8], value: &[u8]) {
+        self.inner.put_cf(&self.raft, key, seal(key, value));
+    }
+
+    /// Deletes `from..to` of the raft family.
+    pub fn delete_raft(&mut self, from: &[u8], to: &[u8]) {
+        self.inner.delete_range_cf(&self.raft, from, to);
+    }
+
+    pub fn put_state(&mut self, group: u32, key: &[u8], value: &[u8]) {
+        let key = group_key(group, key);
+        self.inner.put_cf(&self.state, &key, seal(&key, value));
+    }
+
+    pub fn delete_state(&mut self, group: u32, key: &[u8]) {
+        self.inner.delete_cf(&self.state, group_key(group, key));
+    }
+
+    /// Deletes every key of the group that opens with `prefix`.
+    pub fn delete_state_prefix(&mut self, group: u32, prefix: &[u8]) {
+        let from = group_key(group, prefix);
+        let to = tidepool_store_core::prefix_end(&from).unwrap_or_else(|| vec![0xff; 64]);
+        self.inner.delete_range_cf(&self.state, from, to);
+    }
+
+    pub fn put_body(&mut self, name: &[u8], body: &[u8]) {
+        self.inner.put_cf(&self.bodies, name, body);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.inner.is_empty()
+    }
+
+    pub fn finish(self) -> WriteBatch {
+        self.inner
+    }
+}
+
+fn group_key(group: u32, key: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(4 + key.len());
+    out.extend_from_slice(&group.to_be_bytes());
+    out.extend_from_slice(key);
+    out
+}
+
+fn sum(key: &[u8], value: &[u8]) -> [u8; SUM] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(key.len() as u64).to_le_bytes());
+    hasher.update(key);
+    hasher.update(value);
+    let mut out = [0; SUM];
+    out.copy_from_slice(&hasher.finalize().as_bytes()[..SUM]);
+    out
+}
+
+fn seal(key: &[u8], value: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(value.len() + SUM);
+    out.extend_from_slice(value);
+    out.extend_from_slice(&sum(key, value));
+    out
+}
+
+fn unseal(key: &[u8], mut value: Vec<u8>) -> Result<Vec<u8>, DbError> {
+    let at = value.len().checked_sub(SUM);
+    match at {
+        Some(at) if sum(key, &value[..at]) == value[at..] => {
+            value.truncate(at);
+            Ok(value)
+        }
+        _ => Err(DbError::Corruption(format!(
+            "the record at key {} is damaged",
+            hex_start(key)
+        ))),
+    }
+}
+
+fn hex_start(key: &[u8]) -> String {
+    key.iter().take(24).map(|b| format!("{b:02x}")).collect()
+}

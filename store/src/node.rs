@@ -1,0 +1,266 @@
+//! A node's life: opened, running, stopped.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use quinn::{Endpoint, TokioRuntime};
+use raft::eraftpb::ConfState;
+use tidepool_store_client::{ClientIdentity, transport};
+use tidepool_store_core::ShardMap;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::bodies::{BodyWriter, Damaged, RocksBodies};
+use crate::config::{Identity, NodeConfig};
+use crate::db::Db;
+use crate::driver::{Driver, Handle};
+use crate::error::StoreError;
+use crate::pki::{Pki, Role};
+use crate::raft::{Group, GroupConfig};
+use crate::requests::Shared;
+use crate::space::Space;
+use crate::stats::{Counters, NodeStats};
+use crate::{logs, server, sessions};
+
+/// How long a node waits at start until its groups answer.
+const START: Duration = Duration::from_secs(30);
+
+/// A running node.
+pub struct Node {
+    shared: Arc<Shared>,
+    driver: Handle,
+    threads: Vec<JoinHandle<()>>,
+    tasks: JoinSet<()>,
+    endpoint: Endpoint,
+    local: SocketAddr,
+    pki: Pki,
+    identity: ClientIdentity,
+    failed: watch::Receiver<Option<String>>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("local", &self.local).finish()
+    }
+}
+
+impl Node {
+    /// Makes or opens the data directory, and serves. Returns when every group answers. Needs a tokio runtime with more than one thread or
+    /// blocking threads, which runs the node's tasks until [`Node::shutdown`].
+    pub async fn start(cfg: NodeConfig) -> Result<Node, StoreError> {
+        let data = cfg.data_dir.clone();
+        let (identity, map, pki, db, groups) = tokio::task::spawn_blocking(move || open(&data))
+            .await
+            .map_err(|e| StoreError::Stopped(e.to_string()))??;
+        let counters = Arc::new(Counters::default());
+        let (failed_tx, failed) = watch::channel(None);
+        let thread = |e| StoreError::io("thread", e);
+        let (driver, driver_thread) =
+            Driver::start(db.clone(), groups, counters.clone(), failed_tx).map_err(thread)?;
+        let bodies = Arc::new(RocksBodies::new(db.clone()));
+        let (writer, writer_thread) = BodyWriter::start(bodies.clone()).map_err(thread)?;
+        let shared = Arc::new(Shared {
+            db,
+            map,
+            cluster: identity.cluster,
+            driver: driver.clone(),
+            bodies,
+            writer,
+            damaged: Damaged::default(),
+            space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
+            counters,
+        });
+        let (endpoint, local) = listen(&cfg, &pki)?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(server::run(endpoint.clone(), shared.clone()));
+        tasks.spawn(sessions::expire(shared.clone()));
+        let identity = pki.issue(Role::Host)?;
+        let node = Node {
+            shared,
+            driver,
+            threads: vec![driver_thread, writer_thread],
+            tasks,
+            endpoint,
+            local,
+            pki,
+            identity,
+            failed,
+        };
+        for group in map.groups() {
+            let answer = tokio::time::timeout(START, node.leads(group)).await;
+            match answer {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => {
+                    node.shutdown().await;
+                    return Err(e);
+                }
+                Err(_) => {
+                    node.shutdown().await;
+                    return Err(StoreError::Stopped(format!("group {group} has no leader")));
+                }
+            }
+        }
+        tracing::info!(addr = %node.local, "store node is ready");
+        Ok(node)
+    }
+
+    async fn leads(&self, group: u32) -> Result<(), StoreError> {
+        loop {
+            if self.driver.read(group).await.is_ok() {
+                return Ok(());
+            }
+            if let Some(why) = self.failed.borrow().clone() {
+                return Err(StoreError::Stopped(why));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Makes the data directory ready without running: certificates, database, groups. Does nothing where that was done.
+    pub fn init(data_dir: &Path) -> Result<(), StoreError> {
+        let (_, _, _, db, _) = open(data_dir)?;
+        db.flush_all()
+            .map_err(|e| StoreError::Stopped(e.to_string()))
+    }
+
+    /// Signs a client's certificate with the authority in a data directory, running or not.
+    pub fn issue_client(data_dir: &Path, role: Role) -> Result<ClientIdentity, StoreError> {
+        make_dir(data_dir)?;
+        Pki::open(data_dir)?.issue(role)
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// A host's identity, valid for this cluster; the same at every call.
+    pub fn client_identity(&self) -> ClientIdentity {
+        self.identity.clone()
+    }
+
+    /// Signs a new client certificate.
+    pub fn issue(&self, role: Role) -> Result<ClientIdentity, StoreError> {
+        self.pki.issue(role)
+    }
+
+    /// What the node counts.
+    pub fn stats(&self) -> NodeStats {
+        self.shared.stats()
+    }
+
+    /// Waits until the node stops by itself because a write failed, and says why.
+    pub async fn failed(&self) -> StoreError {
+        let mut failed = self.failed.clone();
+        let why = match failed.wait_for(Option::is_some).await {
+            Ok(why) => why.clone().unwrap_or_default(),
+            Err(_) => "the driver died".to_owned(),
+        };
+        StoreError::Stopped(why)
+    }
+
+    /// Stops: refuses new requests, ends the connections, writes everything to disk, closes the database.
+    pub async fn shutdown(mut self) {
+        self.endpoint.close(1u32.into(), b"stopping");
+        self.tasks.shutdown().await;
+        self.driver.stop();
+        let Node {
+            shared,
+            driver,
+            threads,
+            endpoint,
+            ..
+        } = self;
+        let _ = tokio::time::timeout(Duration::from_secs(2), endpoint.wait_idle()).await;
+        // The threads end when nothing can reach them any more.
+        drop((shared, driver));
+        let _ = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                let _ = thread.join();
+            }
+        })
+        .await;
+    }
+}
+
+fn make_dir(data: &Path) -> Result<(), StoreError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(data)
+        .map_err(|e| StoreError::io(data, e))
+}
+
+type Opened = (Identity, ShardMap, Pki, Db, Vec<Group>);
+
+fn open(data: &Path) -> Result<Opened, StoreError> {
+    make_dir(data)?;
+    // The database is opened first: its lock keeps a second process out.
+    let db = Db::open(&data.join("db"))?;
+    let pki = Pki::open(data)?;
+    let (identity, map) = Identity::open(data)?;
+    make_groups(&db, &identity, map)?;
+    let logger = server::raft_logger();
+    let run = rand::random();
+    let groups = map
+        .groups()
+        .map(|group| {
+            let loaded = logs::load(&db, group)?.ok_or_else(|| {
+                StoreError::Damaged(format!("group {group} is not in the database"))
+            })?;
+            let cfg = GroupConfig {
+                group,
+                node: identity.node,
+                run,
+            };
+            Group::new(cfg, loaded, &logger)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok((identity, map, pki, db, groups))
+}
+
+/// Makes the groups of a new cluster, all at once, together with the cluster's id, which must be the directory's.
+fn make_groups(db: &Db, identity: &Identity, map: ShardMap) -> Result<(), StoreError> {
+    const CLUSTER: &[u8] = b"\xff\xff\xff\xffcluster";
+    let damaged = |e: crate::db::DbError| StoreError::Damaged(e.to_string());
+    if let Some(cluster) = db.raft(CLUSTER).map_err(damaged)? {
+        if cluster != identity.cluster.as_bytes() {
+            return Err(StoreError::Damaged(format!(
+                "the database in {} is another cluster's",
+                db.path().display()
+            )));
+        }
+        return Ok(());
+    }
+    let mut batch = db.batch().map_err(damaged)?;
+    let conf = ConfState {
+        voters: vec![identity.node],
+        ..ConfState::default()
+    };
+    for group in map.groups() {
+        logs::set_members(&mut batch, group, &conf);
+    }
+    batch.put_raft(CLUSTER, identity.cluster.as_bytes());
+    db.write(batch.finish(), true)
+        .map_err(|e| StoreError::Stopped(e.to_string()))
+}
+
+fn listen(cfg: &NodeConfig, pki: &Pki) -> Result<(Endpoint, SocketAddr), StoreError> {
+    let network = |e: std::io::Error| StoreError::Network(format!("{}: {e}", cfg.listen));
+    let socket = std::net::UdpSocket::bind(cfg.listen).map_err(network)?;
+    let loopback = cfg.listen.ip().is_loopback();
+    let endpoint = Endpoint::new(
+        transport::endpoint(),
+        Some(pki.server(loopback)?),
+        socket,
+        Arc::new(TokioRuntime),
+    )
+    .map_err(network)?;
+    let local = endpoint.local_addr().map_err(network)?;
+    Ok((endpoint, local))
+}

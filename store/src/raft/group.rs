@@ -1,0 +1,320 @@
+//! One raft group. The caller asks [`Group::ready`] for what must be persisted, persists it (one sync for all its groups), says so with
+//! [`Group::persisted`], applies what that gives back, and says that with [`Group::applied`]. Between `ready` and
+//! `persisted` nothing may be proposed or stepped: the type holds what is under way and refuses.
+
+use std::collections::HashMap;
+
+use raft::eraftpb::{ConfChange, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message};
+use raft::{Config, RawNode, Ready, StateRole, Storage};
+use raft_prost::Message as _;
+
+use super::log::{LoadedLog, RaftLog};
+use crate::error::StoreError;
+
+/// Entries kept behind the applied index, for followers that are a little late.
+const KEEP: u64 = 512;
+/// The log is cut when it holds more than this.
+const CUT_AT: (usize, usize) = (4096, 16 << 20);
+
+/// Who this node is in the group.
+#[derive(Debug, Clone)]
+pub struct GroupConfig {
+    pub group: u32,
+    pub node: u64,
+    /// Tells this run's proposals from those of earlier runs in the same log; random.
+    pub run: u64,
+}
+
+/// A proposal that was not taken; another time it may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotNow;
+
+/// What must be durable before [`Group::persisted`].
+#[derive(Debug, Default)]
+pub struct Persist {
+    /// Replaces everything from the first one's index on.
+    pub entries: Vec<Entry>,
+    pub hard: Option<HardState>,
+    /// Whether it has to be synced, or may wait for the next sync.
+    pub sync: bool,
+    /// To be sent at once.
+    pub messages: Vec<Message>,
+    /// To be sent after it is durable.
+    pub messages_after: Vec<Message>,
+}
+
+/// What is committed and has to be applied, in order.
+#[derive(Debug)]
+pub enum Committed {
+    /// A command, and the token with which it was proposed in this run.
+    Command {
+        index: u64,
+        data: Vec<u8>,
+        token: Option<u64>,
+    },
+    /// A change of members, made already; the new state has to be written.
+    Members { index: u64, conf: ConfState },
+    /// Nothing to do but to remember the index.
+    Empty { index: u64 },
+}
+
+/// One group.
+pub struct Group {
+    raw: RawNode<RaftLog>,
+    cfg: GroupConfig,
+    under_way: Option<Ready>,
+    committed: Vec<Entry>,
+    /// Reads that wait for their index: tokens by request context.
+    reads_asked: HashMap<u64, ()>,
+    reads_waiting: Vec<(u64, u64)>,
+    /// Reads that came before this leader had committed in its term.
+    reads_early: Vec<u64>,
+    applied: u64,
+}
+
+impl Group {
+    /// A group from its log. A sole voter stands for election at once.
+    pub fn new(
+        cfg: GroupConfig,
+        loaded: LoadedLog,
+        logger: &slog::Logger,
+    ) -> Result<Self, StoreError> {
+        let applied = loaded.applied;
+        let group = cfg.group;
+        let log =
+            RaftLog::new(loaded).map_err(|e| StoreError::Damaged(format!("group {group}: {e}")))?;
+        let config = Config {
+            id: cfg.node,
+            applied,
+            election_tick: 10,
+            heartbeat_tick: 2,
+            max_size_per_msg: 1 << 20,
+            max_inflight_msgs: 64,
+            max_uncommitted_size: 64 << 20,
+            max_committed_size_per_ready: 16 << 20,
+            pre_vote: true,
+            check_quorum: true,
+            ..Config::default()
+        };
+        let mut raw = RawNode::new(&config, log, logger)?;
+        if raw.store().conf().voters == [cfg.node] {
+            raw.campaign()?;
+        }
+        Ok(Self {
+            raw,
+            cfg,
+            under_way: None,
+            committed: Vec::new(),
+            reads_asked: HashMap::new(),
+            reads_waiting: Vec::new(),
+            reads_early: Vec::new(),
+            applied,
+        })
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u32 {
+        self.cfg.group
+    }
+
+    /// Whether this node leads, and everything of earlier terms is committed: reads and writes are answered.
+    pub fn is_ready(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader && self.raw.raft.commit_to_current_term()
+    }
+
+    /// Whether this node leads.
+    pub fn is_leader(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader
+    }
+
+    /// Whether this node is the only voter.
+    pub fn is_alone(&self) -> bool {
+        let conf = self.raw.store().conf();
+        conf.voters == [self.cfg.node] && conf.voters_outgoing.is_empty()
+    }
+
+    /// Proposes a command. `token` comes back with it when it is committed.
+    pub fn propose(&mut self, token: u64, data: Vec<u8>) -> Result<(), NotNow> {
+        if self.under_way.is_some() || !self.is_leader() {
+            return Err(NotNow);
+        }
+        let mut context = self.cfg.run.to_le_bytes().to_vec();
+        context.extend_from_slice(&token.to_le_bytes());
+        self.raw.propose(context, data).map_err(|_| NotNow)
+    }
+
+    /// Asks for a point after which a read sees everything acknowledged before now; `token` comes back from [`Group::reads`].
+    pub fn read(&mut self, token: u64) -> Result<(), NotNow> {
+        if self.under_way.is_some() || !self.is_leader() {
+            return Err(NotNow);
+        }
+        // raft-rs drops a request silently before the leader has committed in its term.
+        if !self.raw.raft.commit_to_current_term() {
+            self.reads_early.push(token);
+            return Ok(());
+        }
+        self.reads_asked.insert(token, ());
+        let mut context = self.cfg.run.to_le_bytes().to_vec();
+        context.extend_from_slice(&token.to_le_bytes());
+        self.raw.read_index(context);
+        Ok(())
+    }
+
+    /// One tick of logical time.
+    pub fn tick(&mut self) {
+        if self.under_way.is_none() {
+            self.raw.tick();
+        }
+    }
+
+    /// A message from another member.
+    pub fn step(&mut self, message: Message) -> Result<(), StoreError> {
+        if self.under_way.is_some() {
+            return Err(StoreError::Raft(raft::Error::StepLocalMsg));
+        }
+        Ok(self.raw.step(message)?)
+    }
+
+    /// What has to be persisted next; none where nothing is new.
+    pub fn ready(&mut self) -> Option<Persist> {
+        if self.under_way.is_some() || !self.raw.has_ready() {
+            return None;
+        }
+        let mut ready = self.raw.ready();
+        self.committed.extend(ready.take_committed_entries());
+        for state in ready.take_read_states() {
+            if let Some(token) = self.token(&state.request_ctx)
+                && self.reads_asked.remove(&token).is_some()
+            {
+                self.reads_waiting.push((state.index, token));
+            }
+        }
+        let entries = ready.take_entries();
+        let hard = ready.hs().cloned();
+        let log = self.raw.mut_store();
+        log.append(&entries);
+        if let Some(hard) = &hard {
+            log.set_hard(hard.clone());
+        }
+        let persist = Persist {
+            sync: ready.must_sync(),
+            messages: ready.take_messages(),
+            messages_after: ready.take_persisted_messages(),
+            entries,
+            hard,
+        };
+        self.under_way = Some(ready);
+        Some(persist)
+    }
+
+    /// What [`Group::ready`] gave is durable. Gives what is committed now.
+    pub fn persisted(&mut self) -> Result<Vec<Committed>, StoreError> {
+        if let Some(ready) = self.under_way.take() {
+            let mut light = self.raw.advance_append(ready);
+            if let Some(commit) = light.commit_index() {
+                self.raw.mut_store().set_commit(commit);
+            }
+            self.committed.extend(light.take_committed_entries());
+        }
+        let entries = std::mem::take(&mut self.committed);
+        entries.into_iter().map(|e| self.classify(e)).collect()
+    }
+
+    fn classify(&mut self, entry: Entry) -> Result<Committed, StoreError> {
+        let index = entry.index;
+        let damaged = |e: raft_prost::DecodeError| {
+            StoreError::Damaged(format!("entry {index} is not a change of members: {e}"))
+        };
+        let change = match entry.entry_type() {
+            EntryType::EntryNormal if entry.data.is_empty() => {
+                return Ok(Committed::Empty { index });
+            }
+            EntryType::EntryNormal => {
+                let token = self.token(&entry.context);
+                return Ok(Committed::Command {
+                    index,
+                    data: entry.data,
+                    token,
+                });
+            }
+            EntryType::EntryConfChange => {
+                let change = ConfChange::decode(&*entry.data).map_err(damaged)?;
+                raft_change(change)
+            }
+            EntryType::EntryConfChangeV2 => ConfChangeV2::decode(&*entry.data).map_err(damaged)?,
+        };
+        let conf = self.raw.apply_conf_change(&change)?;
+        self.raw.mut_store().set_conf(conf.clone());
+        Ok(Committed::Members { index, conf })
+    }
+
+    /// Everything up to `index` is applied.
+    pub fn applied(&mut self, index: u64) {
+        if index > self.applied {
+            self.applied = index;
+            self.raw.advance_apply_to(index);
+        }
+        if self.is_ready() {
+            for token in std::mem::take(&mut self.reads_early) {
+                // Ready implies that it leads and nothing is under way here.
+                let _ = self.read(token);
+            }
+        }
+    }
+
+    /// Reads that may go ahead, and, where this node leads no more, reads that may not.
+    pub fn reads(&mut self) -> (Vec<u64>, Vec<u64>) {
+        let applied = self.applied;
+        let done = self
+            .reads_waiting
+            .extract_if(.., |(index, _)| *index <= applied)
+            .map(|(_, token)| token)
+            .collect();
+        let mut lost = Vec::new();
+        if !self.is_leader() {
+            lost.extend(self.reads_asked.drain().map(|(token, ())| token));
+            lost.append(&mut self.reads_early);
+        }
+        (done, lost)
+    }
+
+    /// Cuts the log where it has grown. Gives what is to be deleted, `from..to`, and the new cut's index and term.
+    pub fn cut(&mut self) -> Option<(u64, u64, (u64, u64))> {
+        let log = self.raw.store();
+        let (entries, bytes) = log.size();
+        if entries < CUT_AT.0 && bytes < CUT_AT.1 {
+            return None;
+        }
+        let (from, _) = log.cut();
+        // A log that is long in bytes keeps fewer.
+        let keep = if bytes < CUT_AT.1 { KEEP } else { 16 };
+        let to = self.applied.checked_sub(keep).filter(|to| *to > from)?;
+        self.raw.mut_store().cut_to(to);
+        Some((from + 1, to + 1, self.raw.store().cut()))
+    }
+
+    fn token(&self, context: &[u8]) -> Option<u64> {
+        let (run, token) = context.split_first_chunk::<8>()?;
+        if u64::from_le_bytes(*run) != self.cfg.run {
+            return None;
+        }
+        Some(u64::from_le_bytes(token.try_into().ok()?))
+    }
+
+    /// The last index in the log.
+    pub fn last_index(&self) -> u64 {
+        self.raw.store().last_index().unwrap_or(0)
+    }
+}
+
+fn raft_change(change: ConfChange) -> ConfChangeV2 {
+    use raft::eraftpb::ConfChangeSingle;
+    ConfChangeV2 {
+        changes: vec![ConfChangeSingle {
+            change_type: change.change_type,
+            node_id: change.node_id,
+        }],
+        context: change.context,
+        ..ConfChangeV2::default()
+    }
+}

@@ -1,0 +1,260 @@
+//! Requests: checked, turned into commands and reads, and answered.
+
+mod chunks;
+mod images;
+mod sandboxes;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tidepool_proto::wire::{Request, Response, WireError, request::Op, response};
+use tidepool_proto::{ErrorKind, SandboxId};
+use tidepool_store_core::{Command, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op};
+
+use crate::bodies::{BodyStore, BodyWriter, Damaged};
+use crate::db::{Db, DbError};
+use crate::driver::{DriverError, Handle, received};
+use crate::server::error;
+use crate::space::Space;
+use crate::stats::{Counters, NodeStats};
+
+/// What every request works with.
+pub(crate) struct Shared {
+    pub(crate) db: Db,
+    pub(crate) map: ShardMap,
+    pub(crate) cluster: String,
+    pub(crate) driver: Handle,
+    pub(crate) bodies: Arc<dyn BodyStore>,
+    pub(crate) writer: BodyWriter,
+    pub(crate) damaged: Damaged,
+    pub(crate) space: Space,
+    pub(crate) counters: Arc<Counters>,
+}
+
+/// Why a request is answered with an error.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    kind: ErrorKind,
+    text: String,
+    /// Asking again soon may help.
+    again: bool,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
+        Self {
+            kind,
+            text: text.into(),
+            again: false,
+        }
+    }
+
+    fn full() -> Self {
+        Self::new(
+            ErrorKind::Unavailable,
+            "the store's disk is full: it takes no writes until there is room",
+        )
+    }
+}
+
+impl From<WireError> for Failure {
+    fn from(e: WireError) -> Self {
+        Self::new(ErrorKind::Invalid, e.to_string())
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(e: Refusal) -> Self {
+        Self::new(e.kind, e.text)
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(e: ReadError) -> Self {
+        Self::new(ErrorKind::Corruption, e.0)
+    }
+}
+
+impl From<DbError> for Failure {
+    fn from(e: DbError) -> Self {
+        match e {
+            DbError::Corruption(text) => Self::new(ErrorKind::Corruption, text),
+            DbError::Full(_) => Self::full(),
+            DbError::Failed(text) => Self::new(ErrorKind::Failed, text),
+        }
+    }
+}
+
+impl From<DriverError> for Failure {
+    fn from(e: DriverError) -> Self {
+        match e {
+            DriverError::Refused(refusal) => refusal.into(),
+            DriverError::Again(why) => Self {
+                kind: ErrorKind::Unavailable,
+                text: why.to_owned(),
+                again: true,
+            },
+            DriverError::Full => Self::full(),
+        }
+    }
+}
+
+type Answer = Result<response::Op, Failure>;
+
+/// Answers one request.
+pub(crate) async fn answer(shared: &Arc<Shared>, request: Request) -> Response {
+    match dispatch(shared, request).await {
+        Ok(op) => op.into(),
+        Err(failure) => {
+            if failure.kind == ErrorKind::Corruption {
+                shared.counters.corruption();
+                tracing::error!(error = %failure.text, "stored data is damaged");
+            }
+            error(failure.kind, failure.text, failure.again)
+        }
+    }
+}
+
+async fn dispatch(shared: &Arc<Shared>, request: Request) -> Answer {
+    let Some(op) = request.op else {
+        return Err(Failure::new(
+            ErrorKind::Invalid,
+            "the request is not one that this version knows",
+        ));
+    };
+    match op {
+        Op::Status(_) => Ok(status(shared).await),
+        Op::Pin(r) => chunks::pin(shared, r).await,
+        Op::Put(r) => chunks::put(shared, r).await,
+        Op::EndSession(r) => chunks::end_session(shared, r).await,
+        Op::Get(r) => chunks::get(shared, r).await,
+        Op::CreateSandbox(r) => sandboxes::create(shared, r).await,
+        Op::TakeSandbox(r) => {
+            let id = sandbox_id(&r.id)?;
+            shared.write_sandbox(id, op::Op::TakeSandbox(r)).await
+        }
+        Op::UpdateSandboxMeta(r) => {
+            let id = sandbox_id(&r.id)?;
+            shared.write_sandbox(id, op::Op::UpdateSandboxMeta(r)).await
+        }
+        Op::RemoveSandbox(r) => sandboxes::remove(shared, r).await,
+        Op::Sandbox(r) => sandboxes::one(shared, r).await,
+        Op::Sandboxes(r) => sandboxes::list(shared, r).await,
+        Op::Commit(r) => {
+            let id = sandbox_id(&r.sandbox)?;
+            shared.write_sandbox(id, op::Op::Commit(r)).await
+        }
+        Op::Manifest(r) => sandboxes::manifest(shared, r).await,
+        Op::Manifests(r) => sandboxes::manifests(shared, r).await,
+        Op::TurnByKey(r) => sandboxes::turn_by_key(shared, r).await,
+        Op::Turns(r) => sandboxes::turns(shared, r).await,
+        Op::PutImage(r) => images::put(shared, r).await,
+        Op::Image(r) => images::one(shared, r).await,
+        Op::Images(r) => images::list(shared, r).await,
+        Op::RemoveImage(r) => images::remove(shared, r).await,
+    }
+}
+
+fn sandbox_id(bytes: &Bytes) -> Result<SandboxId, WireError> {
+    Ok(SandboxId(tidepool_proto::wire::array(
+        bytes,
+        "a sandbox id has 16 bytes",
+    )?))
+}
+
+fn done() -> response::Op {
+    response::Op::Done(response::Done {})
+}
+
+async fn status(shared: &Arc<Shared>) -> response::Op {
+    let shared = shared.clone();
+    let (stats, shards) = (shared.clone(), shared.map.shards());
+    let s = tokio::task::spawn_blocking(move || stats.stats())
+        .await
+        .unwrap_or_default();
+    response::Op::Status(response::Status {
+        chunks: s.chunks,
+        chunk_bytes: s.chunk_bytes,
+        ready: s.ready,
+        full: s.full,
+        free_bytes: s.free_bytes,
+        corruptions: s.corruptions,
+        refused: s.refused,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        cluster: shared.cluster.clone(),
+        shards,
+    })
+}
+
+impl Shared {
+    pub(crate) fn stats(&self) -> NodeStats {
+        let mut stats = NodeStats {
+            ready: self.counters.ready(),
+            full: self.counters.stalled() || self.space.is_full(),
+            free_bytes: self.space.free(),
+            corruptions: self.counters.corruptions(),
+            refused: self.counters.refused(),
+            requests: self.counters.requests(),
+            ..NodeStats::default()
+        };
+        for group in self.map.shard_groups() {
+            // A damaged count is no reason to have no answer: everything else still counts.
+            if let Ok(Some(bytes)) = self.db.state(group, &keys::stats())
+                && let Ok(shard) = ShardStats::decode(&bytes)
+            {
+                stats.chunks = stats.chunks.saturating_add(shard.chunks);
+                stats.chunk_bytes = stats.chunk_bytes.saturating_add(shard.chunk_bytes);
+            }
+        }
+        stats
+    }
+
+    /// Runs something that reads the disk where it holds nobody up.
+    pub(crate) async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        f: impl FnOnce(&Self) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let shared = self.clone();
+        tokio::task::spawn_blocking(move || f(&shared))
+            .await
+            .unwrap_or_else(|e| Err(Failure::new(ErrorKind::Failed, format!("a read died: {e}"))))
+    }
+
+    /// Reads from a group's state, which shows everything acknowledged before.
+    async fn read<T: Send + 'static>(
+        self: &Arc<Self>,
+        group: u32,
+        f: impl FnOnce(&Self) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        self.driver.read(group).await?;
+        self.blocking(f).await
+    }
+
+    /// Proposes a command that adds something, if there is room.
+    async fn write(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
+        if self.space.is_full() {
+            return Err(Failure::full());
+        }
+        self.propose(group, op).await
+    }
+
+    /// Proposes a command that frees something, if there is room for its record.
+    async fn write_freeing(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
+        if !self.space.may_free() {
+            return Err(Failure::full());
+        }
+        self.propose(group, op).await
+    }
+
+    async fn propose(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
+        // The driver sets the time.
+        Ok(received(self.driver.propose(group, Command::new(0, op))).await?)
+    }
+
+    async fn write_sandbox(&self, id: SandboxId, op: op::Op) -> Answer {
+        match self.write(self.map.of_sandbox(&id), op).await? {
+            Reply::Epoch(e) => Ok(response::Op::Epoch(e.0)),
+            _ => Ok(done()),
+        }
+    }
+}

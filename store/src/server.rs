@@ -1,0 +1,168 @@
+//! The QUIC server: connections, frames and their bounds. What a request means is in [`crate::requests`].
+//!
+//! Memory is bounded by the bytes of requests that are taken in at once, over all connections; a client that is slow to send or to
+//! read loses its request after a while.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream};
+use tidepool_proto::ErrorKind;
+use tidepool_proto::wire::{self, MAX_FRAME, Request, Response, WireError, response};
+use tidepool_store_client::frame::{self, FrameError};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::requests::{self, Shared};
+
+const MAX_CONNECTIONS: usize = 1024;
+/// Requests being read or worked on, in bytes: 128 MiB, in units of [`UNIT`].
+const TAKEN: usize = 128 << 20;
+const UNIT: usize = 4096;
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// The longest a frame may take to arrive or to be taken.
+const FRAME: Duration = Duration::from_secs(60);
+
+/// What all connections share.
+struct Limits {
+    taken: Semaphore,
+}
+
+/// Serves until the endpoint is closed.
+pub(crate) async fn run(endpoint: Endpoint, shared: Arc<Shared>) {
+    let limits = Arc::new(Limits {
+        taken: Semaphore::new(TAKEN / UNIT),
+    });
+    let mut connections = JoinSet::new();
+    while let Some(incoming) = endpoint.accept().await {
+        while connections.try_join_next().is_some() {}
+        if connections.len() >= MAX_CONNECTIONS {
+            shared.counters.refuse();
+            incoming.refuse();
+            continue;
+        }
+        connections.spawn(connection(incoming, shared.clone(), limits.clone()));
+    }
+}
+
+async fn connection(incoming: Incoming, shared: Arc<Shared>, limits: Arc<Limits>) {
+    let peer = incoming.remote_address();
+    let connection = match timeout(HANDSHAKE, incoming).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(e)) => {
+            shared.counters.refuse();
+            tracing::warn!(%peer, error = %e, "connection refused");
+            return;
+        }
+        Err(_) => {
+            shared.counters.refuse();
+            tracing::warn!(%peer, "connection refused: the handshake takes too long");
+            return;
+        }
+    };
+    // Requests end with their connection: whoever sent them sends them again.
+    let mut requests = JoinSet::new();
+    loop {
+        match connection.accept_bi().await {
+            Ok((send, recv)) => {
+                while requests.try_join_next().is_some() {}
+                let (shared, limits) = (shared.clone(), limits.clone());
+                requests.spawn(request(connection.clone(), send, recv, shared, limits));
+            }
+            Err(e) => {
+                tracing::debug!(%peer, reason = %e, "connection ended");
+                return;
+            }
+        }
+    }
+}
+
+async fn request(
+    connection: Connection,
+    mut send: SendStream,
+    mut recv: RecvStream,
+    shared: Arc<Shared>,
+    limits: Arc<Limits>,
+) {
+    let peer = connection.remote_address();
+    let answer = match timeout(FRAME, take(&mut recv, &limits)).await {
+        Ok(Ok((bytes, _taken))) => match wire::decode::<Request>(bytes) {
+            Ok(request) => requests::answer(&shared, request).await,
+            Err(e) => bad(&shared, peer, &e),
+        },
+        Ok(Err(FrameError::Wire(e))) => bad(&shared, peer, &e),
+        Ok(Err(FrameError::Read(e))) => {
+            tracing::debug!(%peer, error = %e, "a request broke off");
+            return;
+        }
+        Err(_) => {
+            shared.counters.refuse();
+            tracing::warn!(%peer, "a request takes too long to arrive");
+            return;
+        }
+    };
+    shared.counters.request();
+    let _ = recv.stop(0u32.into());
+    let frame = wire::frame(&answer).or_else(|e| {
+        tracing::error!(%peer, error = %e, "an answer does not fit a frame");
+        wire::frame(&error(ErrorKind::Failed, e.to_string(), false))
+    });
+    let Ok(frame) = frame else { return };
+    if let Ok(Err(e)) = timeout(FRAME, send.write_chunk(frame)).await {
+        tracing::debug!(%peer, error = %e, "an answer was not taken");
+    }
+    let _ = send.finish();
+}
+
+/// Reads a frame when there is room for it.
+async fn take<'a>(
+    recv: &mut RecvStream,
+    limits: &'a Limits,
+) -> Result<(Bytes, tokio::sync::SemaphorePermit<'a>), FrameError> {
+    let len = frame::read_len(recv).await?;
+    let units = len.min(MAX_FRAME).div_ceil(UNIT) as u32;
+    // The semaphore is never closed.
+    let Ok(taken) = limits.taken.acquire_many(units).await else {
+        return Err(WireError::Truncated.into());
+    };
+    Ok((frame::read_body(recv, len).await?, taken))
+}
+
+fn bad(shared: &Shared, peer: std::net::SocketAddr, e: &WireError) -> Response {
+    shared.counters.refuse();
+    tracing::warn!(%peer, error = %e, "a request was refused");
+    error(ErrorKind::Invalid, e.to_string(), false)
+}
+
+pub(crate) fn error(kind: ErrorKind, text: String, again: bool) -> Response {
+    response::Op::Error(response::Error {
+        kind: wire::kind_code(kind),
+        text,
+        again,
+    })
+    .into()
+}
+
+/// raft-rs logs by slog: its warnings and errors go the way of all others.
+pub(crate) fn raft_logger() -> slog::Logger {
+    struct ToTracing;
+    impl slog::Drain for ToTracing {
+        type Ok = ();
+        type Err = slog::Never;
+
+        fn log(&self, record: &slog::Record<'_>, _: &slog::OwnedKVList) -> Result<(), slog::Never> {
+            match record.level() {
+                slog::Level::Critical | slog::Level::Error => {
+                    tracing::error!(target: "raft", "{}", record.msg());
+                }
+                slog::Level::Warning => tracing::warn!(target: "raft", "{}", record.msg()),
+                slog::Level::Info => tracing::debug!(target: "raft", "{}", record.msg()),
+                _ => tracing::trace!(target: "raft", "{}", record.msg()),
+            }
+            Ok(())
+        }
+    }
+    slog::Logger::root(ToTracing, slog::o!())
+}

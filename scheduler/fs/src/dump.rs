@@ -4,14 +4,15 @@
 //! Each file is read once. The result is a tree like any other: [`crate::restore::materialise`] makes the directory again. Its id depends on what the index knew, so
 //! that a dump is not checked by capturing it again; every chunk of it is checked against its name when it is fetched.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use tidepool_proto::DomainKey;
 use tidepool_proto::TreeId;
 use tidepool_proto::tree::Kind;
+use tidepool_proto::{ChunkName, DomainKey};
 use tidepool_scheduler_core::cut::{CutError, content_of};
 use tidepool_scheduler_core::pages::{PackStats, PageIndex, PagePacker};
 
@@ -36,6 +37,8 @@ pub struct CapturedDump {
     pub read_bytes: u64,
     /// What became of the memory pages.
     pub pages: PackStats,
+    /// All packs the images refer to, those found in the index among them: they have to be in the store too.
+    pub packs: BTreeSet<ChunkName>,
 }
 
 /// Captures the image files in `dir`. Where this fails, or the chunks given to `sink` are not stored after all, tell
@@ -51,7 +54,7 @@ pub fn capture(
     ctx.defer = Some(Vec::new());
     let mut index = walk_root(&mut ctx, root.as_fd())?;
     let deferred = ctx.defer.take().unwrap_or_default();
-    let stats = pack(&mut ctx, &mut index, root.as_fd(), deferred, pages)?;
+    let (stats, packs) = pack(&mut ctx, &mut index, root.as_fd(), deferred, pages)?;
     let captured = finish_index(&mut ctx, index, None)?;
     Ok(CapturedDump {
         tree: captured.tree,
@@ -59,6 +62,7 @@ pub fn capture(
         files: captured.files,
         read_bytes: captured.read_bytes,
         pages: stats,
+        packs,
     })
 }
 
@@ -73,7 +77,7 @@ fn pack(
     root: std::os::fd::BorrowedFd<'_>,
     files: Vec<Vec<u8>>,
     pages: &mut PageIndex,
-) -> Result<PackStats, CaptureError> {
+) -> Result<(PackStats, BTreeSet<ChunkName>), CaptureError> {
     let mut packer = PagePacker::new(ctx.key, pages);
     let mut metas = Vec::new();
     for name in &files {
@@ -92,6 +96,7 @@ fn pack(
     }
     let mut emit = emitter(ctx.sink);
     let (recipes, stats) = packer.finish(&mut emit).map_err(|e| cut_error(b"", e))?;
+    let packs = recipes.iter().flat_map(|r| r.chunks()).collect();
     for ((name, (ino, meta)), recipe) in files.into_iter().zip(metas).zip(recipes) {
         let content = content_of(ctx.key, recipe, &mut emit).map_err(|e| cut_error(&name, e))?;
         let link_group = None;
@@ -102,7 +107,7 @@ fn pack(
         let root = index.root;
         index.put_leaf(root, Name::from(name), Arc::new(Leaf { ino, meta, kind }));
     }
-    Ok(stats)
+    Ok((stats, packs))
 }
 
 enum Feed {

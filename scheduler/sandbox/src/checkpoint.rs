@@ -6,8 +6,9 @@
 use crate::config::{Layers, SandboxName, SandboxSpec};
 use crate::criulog::{self, Reason};
 use crate::error::{Context, Result, SandboxError, blocking};
-use crate::record::Record;
+use crate::record::{Record, write_whole};
 use crate::runtime::{Created, Runtime, State, created_from};
+use crate::{remaps, watches};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -24,7 +25,6 @@ file-locks
 link-remap
 ghost-limit 1G
 force-irmap
-irmap-scan-path /
 skip-in-flight
 ";
 
@@ -70,6 +70,7 @@ impl Runtime {
         let (work, log) = (dir.join("dump"), dir.join("checkpoint.log"));
         fresh_dir(&work)?;
         let _ = fs::remove_file(&log);
+        self.prepare_dump(&record, &work.join(DUMP_LOG)).await?;
         let mut command = self.runc(Some(&log));
         command
             .arg("checkpoint")
@@ -103,12 +104,31 @@ impl Runtime {
                 Reason { reason, log } => SandboxError::Dump { reason, log },
             });
         }
+        remaps::collect(&record.layers, images)?;
         let (image_bytes, image_files) = sizes(images)?;
         Ok(CheckpointStats {
             took,
             image_bytes,
             image_files,
         })
+    }
+
+    /// Looks at the processes and writes what CRIU has to know of them.
+    async fn prepare_dump(&self, record: &Record, dump_log: &Path) -> Result<()> {
+        let (this, record, dump_log) = (self.clone(), record.clone(), dump_log.to_owned());
+        blocking(move || {
+            let dir = this.records.dir(&record.name);
+            let pids = this.groups.processes(&record.cgroup)?;
+            let mut config = CRIU_CONFIG.to_owned();
+            for path in watches::examine(&pids, &record.layers.merged)? {
+                config.push_str(&format!("irmap-scan-path {}\n", path.display()));
+            }
+            let script = dir.join("at-dump.sh");
+            remaps::write_script(&script, &record.layers, &dump_log)?;
+            config.push_str(&format!("action-script {}\n", script.display()));
+            write_whole(&dir.join("criu.conf"), config.as_bytes())
+        })
+        .await
     }
 
     /// Makes a sandbox from images and from layers that are as they were when the images were taken. It runs at once. The
@@ -145,6 +165,7 @@ impl Runtime {
             dir.join("init.pid"),
         );
         fresh_dir(&work)?;
+        remaps::restore(&record.layers.merged, images)?;
         let mut command = self.runc(Some(&log));
         command
             .arg("restore")

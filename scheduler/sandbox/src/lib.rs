@@ -22,8 +22,10 @@ mod mounts;
 mod netns;
 mod oci;
 mod record;
+mod remaps;
 mod runtime;
 mod seccomp;
+mod watches;
 
 pub use checkpoint::CheckpointStats;
 pub use client::{Finished, InitClient, Job, JobControl, JobEvent, JobRequest};

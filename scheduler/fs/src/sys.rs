@@ -202,6 +202,9 @@ fn proc_path(dir: BorrowedFd<'_>, name: &[u8]) -> Result<CString, Errno> {
     CString::new(path).map_err(|_| Errno::INVAL)
 }
 
+/// Extended attributes, name and value.
+pub(crate) type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// Where to find extended attributes.
 #[derive(Clone, Copy)]
 pub(crate) enum XattrOf<'a> {
@@ -211,10 +214,7 @@ pub(crate) enum XattrOf<'a> {
 }
 
 /// All extended attributes whose names `keep` accepts, sorted by name.
-pub(crate) fn xattrs(
-    of: XattrOf<'_>,
-    keep: impl Fn(&[u8]) -> bool,
-) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+pub(crate) fn xattrs(of: XattrOf<'_>, keep: impl Fn(&[u8]) -> bool) -> Result<Xattrs, Errno> {
     let mut small = [0u8; 1024];
     let path = match of {
         XattrOf::Open(_) => CString::default(),

@@ -159,12 +159,13 @@ impl Refresh<'_, '_> {
 
     /// Whether a known leaf has to be read again, given what is at its place now.
     fn is_dirty(&self, leaf: &Leaf, now: &Stat) -> bool {
-        let dirty = self.dirty.contains(&now.ino) && !now.is_whiteout();
+        if now.is_whiteout() || leaf.is_whiteout() {
+            return now.is_whiteout() != leaf.is_whiteout();
+        }
         let seen = now.meta();
         // Nothing but an inode in the list can differ; looking costs nothing, as the status was read anyway.
-        dirty
-            || now.is_whiteout() != leaf.is_whiteout()
-            || (!now.is_whiteout() && leaf.ino != now.ino)
+        self.dirty.contains(&now.ino)
+            || leaf.ino != now.ino
             || (seen.uid, seen.gid, seen.mtime_s, seen.mtime_ns)
                 != (
                     leaf.meta.uid,

@@ -36,11 +36,7 @@ pub(crate) fn keeps(kind: TreeKind, name: &[u8]) -> bool {
 }
 
 impl Ctx<'_> {
-    fn xattrs(
-        &mut self,
-        of: XattrOf<'_>,
-        path: &[u8],
-    ) -> Result<Vec<(Vec<u8>, Vec<u8>)>, CaptureError> {
+    fn xattrs(&mut self, of: XattrOf<'_>, path: &[u8]) -> Result<sys::Xattrs, CaptureError> {
         let kind = self.opts.kind;
         let found = sys::xattrs(of, |name| keeps(kind, name))
             .map_err(|e| io("read extended attributes of", path, e))?;
@@ -132,11 +128,11 @@ impl Ctx<'_> {
         stat: &Stat,
         path: &[u8],
     ) -> Result<Meta, CaptureError> {
-        // Whiteouts are many and have none worth keeping.
-        let xattrs = match stat.is_whiteout() {
-            true => Vec::new(),
-            false => self.xattrs(XattrOf::Entry(dir, name), path)?,
-        };
+        // All whiteouts of a mount are one inode, of which only its being there means anything.
+        if stat.is_whiteout() {
+            return Ok(Meta::default());
+        }
+        let xattrs = self.xattrs(XattrOf::Entry(dir, name), path)?;
         Ok(Meta {
             xattrs,
             // A link's permission bits mean nothing, and can't be set.

@@ -32,6 +32,14 @@ pub fn remove_tree(path: &Path) -> Result<(), RestoreError> {
     std::fs::remove_dir(path).map_err(|e| whole("remove", e))
 }
 
+/// A directory that is emptied.
+struct Level {
+    path: Vec<u8>,
+    name: Vec<u8>,
+    /// Subdirectories still to go.
+    subdirs: Vec<Vec<u8>>,
+}
+
 /// Removes all that is in an open directory.
 pub(crate) fn remove_below(root: std::os::fd::OwnedFd) -> Result<(), RestoreError> {
     let dev = sys::stat_fd(root.as_fd())
@@ -39,8 +47,7 @@ pub(crate) fn remove_below(root: std::os::fd::OwnedFd) -> Result<(), RestoreErro
         .dev;
     let mut stack = DirStack::new(root).map_err(|e| io("stat", b"", e))?;
     let mut buf = Vec::new();
-    // Each level: path, own name, subdirectories still to go.
-    let mut levels: Vec<(Vec<u8>, Vec<u8>, Vec<Vec<u8>>)> = Vec::new();
+    let mut levels: Vec<Level> = Vec::new();
     let mut enter = Some((Vec::new(), Vec::new()));
     loop {
         if let Some((path, name)) = enter.take() {
@@ -73,9 +80,13 @@ pub(crate) fn remove_below(root: std::os::fd::OwnedFd) -> Result<(), RestoreErro
                 });
                 removed.map_err(|e| io("remove", &at, e))?;
             }
-            levels.push((path, name, subdirs));
+            levels.push(Level {
+                path,
+                name,
+                subdirs,
+            });
         }
-        let Some((path, _, subdirs)) = levels.last_mut() else {
+        let Some(Level { path, subdirs, .. }) = levels.last_mut() else {
             return Ok(());
         };
         if let Some(name) = subdirs.pop() {
@@ -86,7 +97,7 @@ pub(crate) fn remove_below(root: std::os::fd::OwnedFd) -> Result<(), RestoreErro
             enter = Some((at, name));
             continue;
         }
-        if let Some((path, name, _)) = levels.pop()
+        if let Some(Level { path, name, .. }) = levels.pop()
             && !levels.is_empty()
         {
             stack.pop().map_err(|e| io("leave", &path, e))?;

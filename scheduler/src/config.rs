@@ -1,0 +1,55 @@
+//! The daemon's options.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Parser;
+
+/// Runs sandboxes on this host and checkpoints their turns.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "tidepool-host", version, about)]
+pub struct Config {
+    /// Where everything of this host is kept. Should be on ext4; otherwise an ext4 image is made in it and mounted.
+    #[arg(long, env = "TIDEPOOL_STATE_DIR", default_value = "/var/lib/tidepool")]
+    pub state_dir: PathBuf,
+
+    /// The API's unix socket.
+    #[arg(
+        long,
+        env = "TIDEPOOL_SOCKET",
+        default_value = "/run/tidepool/host.sock"
+    )]
+    pub socket: PathBuf,
+
+    /// The OCI runtime.
+    #[arg(long, env = "TIDEPOOL_RUNC", default_value = "runc")]
+    pub runc: PathBuf,
+
+    /// CRIU 4.2.1 or newer. Without it sandboxes run, but no process can be checkpointed.
+    #[arg(long, env = "TIDEPOOL_CRIU", default_value = "criu")]
+    pub criu: PathBuf,
+
+    /// This host's name in records.
+    #[arg(long, env = "TIDEPOOL_HOST_NAME")]
+    pub host_name: Option<String>,
+
+    /// The dedup domain of this host's sandboxes.
+    #[arg(long, default_value = "default")]
+    pub domain: String,
+
+    /// Where the embedded store listens (loopback: only this host uses it).
+    #[arg(long, default_value = "127.0.0.1:0")]
+    pub store_listen: SocketAddr,
+
+    /// The size of the ext4 image made where the state directory is not on ext4, in GiB (sparse).
+    #[arg(long, default_value_t = 32)]
+    pub image_gib: u64,
+
+    /// Where process images are kept until they are sent; memory-backed.
+    #[arg(long, default_value = "/dev/shm")]
+    pub dump_dir: PathBuf,
+
+    /// Loads the inspector and checks runc, CRIU, overlay and the kernel; says what does not work; exits.
+    #[arg(long)]
+    pub check: bool,
+}

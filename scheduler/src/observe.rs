@@ -1,0 +1,293 @@
+//! What a boundary sees besides the inspector's effects: memory-backed file systems and IPC objects of a sandbox.
+//!
+//! The inspector's probes do not see tmpfs; its contents are few, so they are walked and hashed (a store through a shared mapping leaves no other
+//! trace). System V objects and POSIX message queues have contents that cannot be read from outside: their mere existence counts.
+//! Both live in the process image, never in the file tree.
+//!
+//! Invariant: whatever cannot be read in full is reported as unsure, which counts as changed.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Entries looked at in one sandbox's memory-backed file systems before giving up on telling.
+const MAX_ENTRIES: u64 = 50_000;
+/// Bytes hashed before giving up on telling.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// The contents of a sandbox's memory-backed file systems.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryFiles {
+    digest: [u8; 32],
+    /// Why the contents could not be told.
+    pub unsure: Option<String>,
+}
+
+impl MemoryFiles {
+    /// Whether these are surely the same contents.
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.unsure.is_none() && other.unsure.is_none() && self.digest == other.digest
+    }
+
+    /// Reads those of the sandbox whose init has this host process id.
+    pub fn read(init_pid: u32) -> Self {
+        let mut walk = Walk {
+            hasher: blake3::Hasher::new(),
+            entries: 0,
+            bytes: 0,
+        };
+        let unsure = walk
+            .all(init_pid)
+            .err()
+            .map(|e| format!("memory-backed files: {e}"));
+        Self {
+            digest: *walk.hasher.finalize().as_bytes(),
+            unsure,
+        }
+    }
+}
+
+struct Walk {
+    hasher: blake3::Hasher,
+    entries: u64,
+    bytes: u64,
+}
+
+impl Walk {
+    fn all(&mut self, init_pid: u32) -> io::Result<()> {
+        let root = PathBuf::from(format!("/proc/{init_pid}/root"));
+        for (mount, queues) in memory_mounts(init_pid)? {
+            let relative = mount.strip_prefix("/").unwrap_or(&mount);
+            let at = rustix::fs::open(
+                root.join(relative),
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+            );
+            // A masked path may be a file bound over; it holds nothing of the sandbox's.
+            let Ok(at) = at else { continue };
+            let dev = statat(&at, c"", AtFlags::EMPTY_PATH)?.st_dev;
+            self.hasher.update(mount.as_os_str().as_bytes());
+            let before = self.entries;
+            self.directory(at, dev, 0)?;
+            if queues && self.entries > before {
+                return Err(io::Error::other(
+                    "the messages of a queue cannot be read from outside",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn directory(&mut self, dir: OwnedFd, dev: u64, depth: u32) -> io::Result<()> {
+        if depth > 64 {
+            return Err(io::Error::other("nested deeper than 64 directories"));
+        }
+        let mut names = Vec::new();
+        for entry in Dir::read_from(dir.as_fd())? {
+            let name = entry?.file_name().to_owned();
+            if !matches!(name.to_bytes(), b"." | b"..") {
+                names.push(name);
+            }
+            if self.entries + names.len() as u64 > MAX_ENTRIES {
+                return Err(io::Error::other(format!("more than {MAX_ENTRIES} entries")));
+            }
+        }
+        names.sort();
+        self.entries += names.len() as u64;
+        for name in names {
+            let st = match statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(st) => st,
+                Err(rustix::io::Errno::NOENT) => continue,
+                Err(e) => return Err(e.into()),
+            };
+            self.hasher
+                .update(&(name.to_bytes().len() as u64).to_le_bytes());
+            self.hasher.update(name.to_bytes());
+            for v in [
+                u64::from(st.st_mode),
+                u64::from(st.st_uid),
+                u64::from(st.st_gid),
+                st.st_ino,
+            ] {
+                self.hasher.update(&v.to_le_bytes());
+            }
+            // What is mounted inside is another file system's.
+            if st.st_dev != dev {
+                continue;
+            }
+            match FileType::from_raw_mode(st.st_mode) {
+                FileType::RegularFile => {
+                    let file = openat(
+                        &dir,
+                        &name,
+                        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                        Mode::empty(),
+                    )?;
+                    self.file(file, st.st_size as u64)?;
+                }
+                FileType::Directory => {
+                    let flags =
+                        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                    let inner = openat(&dir, &name, flags, Mode::empty())?;
+                    self.directory(inner, dev, depth + 1)?;
+                }
+                FileType::Symlink => {
+                    let target = rustix::fs::readlinkat(&dir, &name, Vec::new())?;
+                    self.hasher.update(target.to_bytes());
+                }
+                _ => {
+                    self.hasher.update(&st.st_rdev.to_le_bytes());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, file: OwnedFd, len: u64) -> io::Result<()> {
+        self.bytes += len;
+        if self.bytes > MAX_BYTES {
+            return Err(io::Error::other(format!(
+                "more than {} MiB of contents",
+                MAX_BYTES >> 20
+            )));
+        }
+        self.hasher.update(&len.to_le_bytes());
+        let mut file = fs::File::from(file).take(MAX_BYTES);
+        let mut buf = vec![0; 64 << 10];
+        loop {
+            match file.read(&mut buf)? {
+                0 => return Ok(()),
+                n => self.hasher.update(&buf[..n]),
+            };
+        }
+    }
+}
+
+/// Mount points of tmpfs, and of message queues (true), as the sandbox sees them.
+fn memory_mounts(init_pid: u32) -> io::Result<Vec<(PathBuf, bool)>> {
+    let info = fs::read(format!("/proc/{init_pid}/mountinfo"))?;
+    let mut mounts = Vec::new();
+    for line in info.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+        let kind = fields
+            .iter()
+            .position(|f| *f == b"-")
+            .and_then(|at| fields.get(at + 1));
+        let point = fields.get(4);
+        if let (Some(kind), Some(point)) = (kind, point)
+            && matches!(*kind, b"tmpfs" | b"mqueue")
+        {
+            let point = PathBuf::from(OsStr::from_bytes(&unescape(point)));
+            mounts.push((point, *kind == b"mqueue"));
+        }
+    }
+    mounts.sort();
+    Ok(mounts)
+}
+
+/// Undoes mountinfo's octal escapes.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut at = 0;
+    while at < field.len() {
+        let octal = field
+            .get(at + 1..at + 4)
+            .filter(|_| field[at] == b'\\')
+            .filter(|d| d.iter().all(|b| (b'0'..=b'7').contains(b)));
+        match octal {
+            Some(d) => {
+                out.push(
+                    d.iter()
+                        .fold(0u8, |v, b| v.wrapping_mul(8).wrapping_add(b - b'0')),
+                );
+                at += 4;
+            }
+            None => {
+                out.push(field[at]);
+                at += 1;
+            }
+        }
+    }
+    out
+}
+
+/// Whether System V objects or POSIX message queues exist in the sandbox.
+pub fn ipc_in_use(init_pid: u32) -> io::Result<bool> {
+    let ns = fs::File::open(format!("/proc/{init_pid}/ns/ipc"))?;
+    // A thread of its own: a thread of the pool must not stay in the sandbox's namespace.
+    let read = move || -> io::Result<bool> {
+        move_into_link_name_space(
+            ns.as_fd(),
+            Some(LinkNameSpaceType::InterProcessCommunication),
+        )?;
+        for kind in ["shm", "sem", "msg"] {
+            let text = fs::read_to_string(Path::new("/proc/sysvipc").join(kind))?;
+            if text.lines().count() > 1 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    std::thread::Builder::new()
+        .name("ipc-look".into())
+        .spawn(read)?
+        .join()
+        .map_err(|_| io::Error::other("the thread that looks at IPC objects panicked"))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        assert_eq!(unescape(br"/a\040b\134c"), br"/a b\c");
+        assert_eq!(unescape(br"/a\04"), br"/a\04");
+    }
+
+    #[test]
+    fn contents_of_memory_backed_files_are_told_apart() {
+        // This process's own mounts: /dev/shm is among them.
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let file = dir.path().join("f");
+        fs::write(&file, b"one").unwrap();
+        let look = || {
+            let mut walk = Walk {
+                hasher: blake3::Hasher::new(),
+                entries: 0,
+                bytes: 0,
+            };
+            let fd = rustix::fs::open(
+                dir.path(),
+                OFlags::RDONLY | OFlags::DIRECTORY,
+                Mode::empty(),
+            )
+            .unwrap();
+            let dev = statat(&fd, c"", AtFlags::EMPTY_PATH).unwrap().st_dev;
+            walk.directory(fd, dev, 0).unwrap();
+            walk.hasher.finalize()
+        };
+        let before = look();
+        assert_eq!(before, look());
+        fs::write(&file, b"two").unwrap();
+        assert_ne!(before, look());
+    }
+
+    #[test]
+    fn system_v_objects_are_seen() {
+        let pid = std::process::id();
+        // SAFETY: plain system calls on an object of our own, removed below.
+        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 4096, 0o600) };
+        assert!(id >= 0);
+        let seen = ipc_in_use(pid);
+        // SAFETY: as above.
+        unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
+        assert!(seen.unwrap());
+    }
+}

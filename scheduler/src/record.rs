@@ -1,0 +1,113 @@
+//! What is kept about a sandbox beside its turns and manifests: in the store (so that any host can restore it) and in the sandbox's directory (so that a
+//! restarted daemon knows what it runs).
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tidepool_proto::{DomainId, Epoch, SandboxId, TreeId};
+use tidepool_sandbox::SandboxSpec;
+
+use crate::error::{Context, HostError, Result};
+use crate::keys::write_synced;
+
+/// A sandbox's record in the store, as JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SandboxRecord {
+    pub name: String,
+    pub image_name: String,
+    pub image: TreeId,
+    pub domain: DomainId,
+    pub spec: SandboxSpec,
+    /// The key that speaks to its init is derived from the domain's key and this.
+    #[serde(with = "hex::serde")]
+    pub init_nonce: [u8; 32],
+    pub created_ms: u64,
+}
+
+impl SandboxRecord {
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a record has only text keys")
+    }
+
+    pub fn decode(id: SandboxId, bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes).map_err(|e| {
+            HostError::new(
+                tidepool_proto::ErrorKind::Corruption,
+                format!("the record of sandbox {id} cannot be read: {e}"),
+            )
+        })
+    }
+}
+
+/// What a host remembers of a sandbox it runs; `local.json` in its directory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LocalRecord {
+    pub id: SandboxId,
+    pub epoch: Epoch,
+    /// Paused because a user asked for it, not by a capture that was cut short.
+    pub paused: bool,
+    /// The init nonce of what runs here: after a fork it is that of the sandbox forked from.
+    #[serde(with = "hex::serde")]
+    pub init_nonce: [u8; 32],
+}
+
+/// The directory of one sandbox on this host.
+#[derive(Debug, Clone)]
+pub struct SandboxDir(pub PathBuf);
+
+impl SandboxDir {
+    pub fn upper(&self) -> PathBuf {
+        self.0.join("upper")
+    }
+
+    pub fn work(&self) -> PathBuf {
+        self.0.join("work")
+    }
+
+    pub fn merged(&self) -> PathBuf {
+        self.0.join("merged")
+    }
+
+    fn local(&self) -> PathBuf {
+        self.0.join("local.json")
+    }
+
+    pub fn save(&self, record: &LocalRecord) -> Result<()> {
+        let json = serde_json::to_vec(record).expect("a record has only text keys");
+        write_synced(&self.local(), &json, 0o600)
+    }
+
+    /// None where the directory was left unfinished.
+    pub fn load(&self) -> Result<Option<LocalRecord>> {
+        match std::fs::read(self.local()) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).context(format!("reading {}", self.local().display())),
+        }
+    }
+
+    /// Removes the directory with all in it; immutable files too. Done where it is absent.
+    pub fn remove(&self) -> Result<()> {
+        remove_tree(&self.0)
+    }
+}
+
+/// Removes a directory that a sandbox may have filled, immutable and append-only files included.
+pub fn remove_tree(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Ok(()) => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(_) => {}
+    }
+    // Flags that forbid removal are rare: only now is it worth a walk.
+    let _ = std::process::Command::new("chattr")
+        .args(["-R", "-f", "-i", "-a"])
+        .arg(path)
+        .output();
+    match std::fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).context(format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -60,7 +60,7 @@ class Host:
         self.dumps = Path("/dev/shm") / self.state.name
         self.dumps.mkdir()
         self.daemon = None
-        self.env = {**os.environ, "TIDEPOOL_SOCKET": str(self.socket)}
+        self.env = {**os.environ, "TIDEPOOL_SOCKET": str(self.socket), "NO_COLOR": "1"}
 
     def start(self):
         command = [str(self.binaries / "tidepool-host"), "--state-dir", str(self.state), "--socket", str(self.socket),
@@ -148,6 +148,18 @@ def kill_sandbox(sandbox):
     return len(killed)
 
 
+def netns_of(sandbox):
+    """The named network namespaces that the sandbox's processes are in."""
+    inodes = set()
+    for pid in pids_of(sandbox):
+        try:
+            inodes.add(os.stat(f"/proc/{pid}/ns/net").st_ino)
+        except OSError:
+            pass
+    directory = Path("/run/netns")
+    return {p.name for p in directory.iterdir() if p.stat().st_ino in inodes} if directory.is_dir() else set()
+
+
 def is_zombie(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
@@ -182,6 +194,8 @@ class Demo:
         self.state = Path(tempfile.mkdtemp(prefix="tpdemo-", dir=CACHE))
         self.host = Host(args.bin, self.state, open(self.state / "host.log", "wb"))
         self.sandboxes = {}
+        # All names by which something left behind would be known as this demo's.
+        self.marks = {str(self.state), str(self.host.dumps)}
         self.kills = self.verified = self.passed = 0
         self.restores, self.turns = [], []
 
@@ -207,6 +221,7 @@ class Demo:
         began = time.monotonic()
         self.host.start()
         info = self.host.ask("restore", name)
+        self.marks |= netns_of(sandbox)
         took = time.monotonic() - began
         self.restores.append(info["duration_ms"])
         return count, info, took
@@ -259,11 +274,12 @@ class Demo:
         # Death comes after the set-up, while there is still something to do.
         fatal = self.random.randrange(1, len(turns))
         how = self.random.choice(("after", "during"))
-        death = (how, self.random.uniform(0.0, 0.3))
+        death = (how, self.random.uniform(0.0, 0.12))
         self.say(f"\n{name} ({task['kind']}; {task['source']}): dies {how} turn {fatal + 1} of {len(turns)}")
         self.say(f"  {'turn':>4}  {'verdict':<9}  {'captured':>10}  {'sent':>10}  {'frozen':>10}  {'exposed':>10}  command")
         created = self.host.ask("sandbox", "create", name, task["base"])
         self.sandboxes[name] = created["id"]
+        self.marks |= {created["id"]} | netns_of(created["id"])
         for n, turn in enumerate(turns):
             self.run_turn(name, n, turn, task["workdir"], death if n == fatal else None)
         self.run_turn(name, len(turns), {"cmd": UNPACK, "stdin": str(directory / task["tests"])}, task["workdir"], None)
@@ -337,8 +353,8 @@ class Demo:
         else:
             shutil.rmtree(self.state, ignore_errors=True)
         for _ in range(20):
-            # Others may use the machine at the same time: only what is new counts.
-            left = leftovers() - before
+            # Other hosts may run on this machine at the same time: only what is this demo's counts.
+            left = {line for line in leftovers() - before if any(mark in line for mark in self.marks)}
             if not left:
                 break
             time.sleep(0.25)

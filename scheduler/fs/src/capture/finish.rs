@@ -85,33 +85,28 @@ fn encode(
     index: &mut TreeIndex,
     previous: Option<&TreeIndex>,
 ) -> Result<(), CaptureError> {
-    // Each with the directory that had its path before.
-    let mut stack = vec![(index.root, previous.map(|p| p.root), false)];
-    while let Some((id, before, children_done)) = stack.pop() {
+    let mut stack = vec![(index.root, false)];
+    while let Some((id, children_done)) = stack.pop() {
         let Some(dir) = index.dirs.get(&id) else {
             continue;
         };
         if !dir.stale {
             continue;
         }
-        let old = before.and_then(|b| previous?.dirs.get(&b));
         if !children_done {
-            stack.push((id, before, true));
-            for (name, child) in &dir.children {
-                if let Child::Dir(sub) = child {
-                    let before = match old.and_then(|o| o.children.get(name)) {
-                        Some(Child::Dir(d)) => Some(*d),
-                        _ => None,
-                    };
-                    stack.push((*sub, before, false));
-                }
-            }
+            stack.push((id, true));
+            stack.extend(dir.children.values().filter_map(|child| match child {
+                Child::Dir(sub) => Some((*sub, false)),
+                Child::Leaf(_) => None,
+            }));
             continue;
         }
-        let node = node(ctx, index, dir, old.map(|o| o.as_ref()), id)?;
+        let old = previous.and_then(|p| same_directory(p, dir));
+        let node = node(ctx, index, dir, old, id)?;
         let meta = old
-            .filter(|old| old.node == node)
-            .and_then(|old| but_for_mtime(&dir.meta, &old.meta));
+            .zip(previous)
+            .filter(|(old, previous)| same_entries(index, dir, previous, old))
+            .and_then(|(old, _)| but_for_mtime(&dir.meta, &old.meta));
         if let Some(dir) = index.dirs.get_mut(&id).map(Arc::make_mut) {
             dir.node = node;
             dir.stale = false;
@@ -121,6 +116,29 @@ fn encode(
         }
     }
     Ok(())
+}
+
+/// The same directory in the previous capture: by inode and generation, wherever it was. By its path would not do: what is known of a moved
+/// directory moves with it.
+fn same_directory<'p>(previous: &'p TreeIndex, dir: &Dir) -> Option<&'p Dir> {
+    let old = previous.dirs.get(previous.by_ino.get(&dir.ino)?)?;
+    (dir.generation.is_some() && dir.generation == old.generation).then_some(old)
+}
+
+/// Whether two directories hold the same, but for what is inside their subdirectories.
+fn same_entries(index: &TreeIndex, dir: &Dir, previous: &TreeIndex, old: &Dir) -> bool {
+    let meta = |index: &TreeIndex, id| index.dirs.get(&id).map(|d| d.meta.clone());
+    dir.children.len() == old.children.len()
+        && dir.children.iter().zip(&old.children).all(|(new, old)| {
+            new.0 == old.0
+                && match (new.1, old.1) {
+                    (Child::Leaf(a), Child::Leaf(b)) => {
+                        Arc::ptr_eq(a, b) || (&a.meta, &a.kind) == (&b.meta, &b.kind)
+                    }
+                    (Child::Dir(a), Child::Dir(b)) => meta(index, *a) == meta(previous, *b),
+                    _ => false,
+                }
+        })
 }
 
 /// The old metadata, where the new one differs in nothing but its mtime.

@@ -6,8 +6,8 @@
 //! Rules:
 //! - Nothing follows a link or crosses a mount. A directory that is a mount point is captured empty, with a note.
 //! - What changes while it is read is an error ([`CaptureError::Changed`]), never a guess: the caller freezes and tries again.
-//! - *Net effects*: a directory whose entries and metadata equal the previous tree's but for its own mtime keeps the previous mtime, so that a file made and
-//!   deleted is no change. A restored directory then has the mtime of before. For a *file* an mtime alone is a change: a
+//! - *Net effects*: a directory whose own entries and metadata equal the previous tree's but for its mtime keeps the previous mtime, so that a file made and
+//!   deleted is no change, nor is that shown when something else changed. A restored directory then has the mtime of before. For a *file* an mtime alone is a change: a
 //!   `touch` can't be told from a rewrite with the same bytes, and tools such as make depend on it. It costs one tree node.
 //! - Not part of a tree: inode numbers, ctime, atime, preallocated space, extended attributes that belong to the host (`security.selinux`, `ima`, `evm`)
 //!   or to the overlay's own book-keeping, hard links between what are no regular files.

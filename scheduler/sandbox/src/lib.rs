@@ -19,6 +19,7 @@ mod criulog;
 mod error;
 mod inspect;
 mod mounts;
+mod nat;
 mod netns;
 mod oci;
 mod record;

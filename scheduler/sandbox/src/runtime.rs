@@ -6,11 +6,11 @@
 use crate::cgroup::Hierarchies;
 use crate::client::InitClient;
 use crate::command::{self, run};
-use crate::config::{Layers, RuntimeConfig, SandboxName, SandboxSpec};
+use crate::config::{Layers, Network, RuntimeConfig, SandboxName, SandboxSpec};
 use crate::error::{Context, Result, SandboxError, blocking};
 use crate::inspect::{self, Process};
 use crate::record::{Record, Records, write_whole};
-use crate::{INIT_BINARY, mounts, netns, oci};
+use crate::{INIT_BINARY, mounts, nat, netns, oci};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -194,6 +194,9 @@ impl Runtime {
             write_whole(&dir.join("config.json"), &json)
         })
         .await?;
+        if record.network == Network::Nat {
+            nat::open(&record).await?;
+        }
         Ok(record)
     }
 
@@ -451,6 +454,9 @@ impl Runtime {
             if let Err(e) = run("the OCI runtime's delete", &mut command, RUNC_TIME).await {
                 tracing::warn!(sandbox = %name, error = %e, "the OCI runtime did not forget a sandbox");
             }
+        }
+        if let Some(r) = record.as_ref().filter(|r| r.network == Network::Nat) {
+            nat::close(r).await?;
         }
         let (this, name) = (self.clone(), name.clone());
         blocking(move || {

@@ -59,7 +59,7 @@ const PROGRAMS: &[&str] = &[
     "yes",
 ];
 
-fn sh(script: &str) -> String {
+pub fn sh(script: &str) -> String {
     let out = Command::new("bash")
         .args(["-c", script])
         .output()

@@ -26,7 +26,7 @@ use crate::lines::{LineError, Lines};
 use crate::signals::{self, Caught, Signals};
 use crate::terminal::{self, RawMode};
 use crate::ui::Ui;
-use sink::{Collected, Sink, Target};
+use sink::{Collected, Sink, Target, Writing};
 
 const SIGINT: u8 = 2;
 const SIGPIPE: u8 = 13;
@@ -64,12 +64,12 @@ struct Document<'a> {
 /// Runs the command and returns the code to leave with.
 pub(crate) async fn run(client: &Client, ui: Ui, args: ExecArgs) -> Result<u8, Failure> {
     let exec = Exec::new(client, ui, args)?;
-    let sink = if ui.json {
+    let (sink, writing) = if ui.json {
         Sink::collect()
     } else {
         Sink::stream()?
     };
-    let result = exec.follow(sink).await;
+    let result = exec.follow(sink, writing).await;
     if let Err(failure) = &result
         && matches!(failure.cause, Cause::BrokenPipe(_))
     {
@@ -120,7 +120,7 @@ impl Exec {
     }
 
     /// Asks, and follows the command to its end.
-    async fn follow(&self, mut sink: Sink) -> Result<u8, Failure> {
+    async fn follow(&self, mut sink: Sink, mut writing: Writing) -> Result<u8, Failure> {
         let mut signals = Signals::new()?;
         let mut resized = match self.request.tty {
             Some(_) => signal(SignalKind::window_change()).ok(),
@@ -169,16 +169,23 @@ impl Exec {
                     () = signals::next(&mut resized) => {
                         let _ = size_tx.send(Some(terminal::size()));
                     }
+                    failure = writing.failed() => break Err(self.unwritten(failure)),
                     ended = &mut events => break ended,
                 }
             }
         };
         drop(raw);
-        let ended = ended?;
-        let collected = sink
-            .finish()
-            .await
-            .map_err(|f| f.with_key(&self.request.key))?;
+        // What came before the end is printed before anything is said about the end, unless there is nobody to read it.
+        let given_up = matches!(&ended, Err(f) if !matches!(f.cause, Cause::Kind(_)));
+        let written = if given_up {
+            Ok(None)
+        } else {
+            tokio::select! {
+                written = writing.finish(sink) => written.map_err(|f| self.unwritten(f)),
+                _ = signals.next() => Err(self.cancelled()),
+            }
+        };
+        let (ended, collected) = (ended?, written?);
         self.report(&ended, collected)
     }
 
@@ -244,9 +251,16 @@ impl Exec {
                 "the host daemon's answer is not understood: output that is not base64: {e}"
             )))
         })?;
-        sink.put(target, bytes)
-            .await
-            .map_err(|f| if f.is_quiet() { f } else { self.repeatable(f) })
+        sink.put(target, bytes).await;
+        Ok(())
+    }
+
+    /// The output cannot be written; the recorded result still has it.
+    fn unwritten(&self, failure: Failure) -> Failure {
+        if failure.is_quiet() {
+            return failure;
+        }
+        self.repeatable(failure)
     }
 
     /// Prints what is left to print and tells the code to leave with.

@@ -40,21 +40,21 @@ pub(super) struct Collected {
 
 /// Takes a command's output.
 pub(super) enum Sink {
-    Stream {
-        queue: mpsc::Sender<(Target, Vec<u8>)>,
-        result: oneshot::Receiver<Result<(), Errno>>,
-    },
+    Stream(mpsc::Sender<(Target, Vec<u8>)>),
     Collect(Box<Collected>),
 }
 
+/// How the writing of a [`Sink`] goes; apart from it, so that a failure is seen while nothing is put.
+pub(super) struct Writing(Option<oneshot::Receiver<Result<(), Errno>>>);
+
 impl Sink {
     /// Keeps the output.
-    pub(super) fn collect() -> Self {
-        Sink::Collect(Box::default())
+    pub(super) fn collect() -> (Self, Writing) {
+        (Sink::Collect(Box::default()), Writing(None))
     }
 
     /// Writes the output.
-    pub(super) fn stream() -> Result<Self, Failure> {
+    pub(super) fn stream() -> Result<(Self, Writing), Failure> {
         let (queue, mut pieces) = mpsc::channel::<(Target, Vec<u8>)>(QUEUED);
         let (ended, result) = oneshot::channel();
         std::thread::Builder::new()
@@ -77,15 +77,16 @@ impl Sink {
                 let _ = ended.send(Ok(()));
             })
             .map_err(|e| Failure::failed(format!("cannot start a thread: {e}")))?;
-        Ok(Sink::Stream { queue, result })
+        Ok((Sink::Stream(queue), Writing(Some(result))))
     }
 
-    /// Takes a piece. Waits while the reader of the output is behind.
-    pub(super) async fn put(&mut self, target: Target, bytes: Vec<u8>) -> Result<(), Failure> {
+    /// Takes a piece. Waits while the reader of the output is behind, and for ever once writing has failed: that is
+    /// told by [`Writing::failed`].
+    pub(super) async fn put(&mut self, target: Target, bytes: Vec<u8>) {
         match self {
-            Sink::Stream { queue, result } => {
+            Sink::Stream(queue) => {
                 if queue.send((target, bytes)).await.is_err() {
-                    return Err(why(result.await));
+                    std::future::pending::<()>().await;
                 }
             }
             Sink::Collect(kept) => {
@@ -99,20 +100,34 @@ impl Sink {
                     .extend_from_slice(bytes.get(..room).unwrap_or(&bytes));
             }
         }
-        Ok(())
+    }
+}
+
+impl Writing {
+    /// Waits until writing has failed. Safe to drop and ask again.
+    pub(super) async fn failed(&mut self) -> Failure {
+        match &mut self.0 {
+            Some(result) => {
+                let ended = result.await;
+                self.0 = None;
+                why(ended)
+            }
+            None => std::future::pending().await,
+        }
     }
 
     /// Waits until all is written, or gives what was kept.
-    pub(super) async fn finish(self) -> Result<Option<Collected>, Failure> {
-        match self {
-            Sink::Stream { queue, result } => {
-                drop(queue);
-                match result.await {
-                    Ok(Ok(())) => Ok(None),
-                    ended => Err(why(ended)),
-                }
-            }
-            Sink::Collect(kept) => Ok(Some(*kept)),
+    pub(super) async fn finish(self, sink: Sink) -> Result<Option<Collected>, Failure> {
+        match sink {
+            Sink::Stream(queue) => drop(queue),
+            Sink::Collect(kept) => return Ok(Some(*kept)),
+        }
+        match self.0 {
+            Some(result) => match result.await {
+                Ok(Ok(())) => Ok(None),
+                ended => Err(why(ended)),
+            },
+            None => Ok(None),
         }
     }
 }
@@ -134,14 +149,12 @@ mod tests {
 
     #[tokio::test]
     async fn kept_output_is_bounded_and_says_so() {
-        let mut sink = Sink::collect();
-        sink.put(Target::Stderr, vec![1; 10]).await.unwrap();
-        sink.put(Target::Stdout, vec![2; MAX_COLLECTED - 1])
-            .await
-            .unwrap();
-        sink.put(Target::Stdout, vec![3; 2]).await.unwrap();
-        sink.put(Target::Stdout, vec![4; 2]).await.unwrap();
-        let kept = sink.finish().await.unwrap().unwrap();
+        let (mut sink, writing) = Sink::collect();
+        sink.put(Target::Stderr, vec![1; 10]).await;
+        sink.put(Target::Stdout, vec![2; MAX_COLLECTED - 1]).await;
+        sink.put(Target::Stdout, vec![3; 2]).await;
+        sink.put(Target::Stdout, vec![4; 2]).await;
+        let kept = writing.finish(sink).await.unwrap().unwrap();
         assert_eq!(kept.stdout.bytes.len(), MAX_COLLECTED);
         assert!(kept.stdout.truncated && !kept.stderr.truncated);
         assert_eq!(kept.stdout.bytes.last(), Some(&3));

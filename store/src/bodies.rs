@@ -16,6 +16,7 @@ use tidepool_proto::body::check;
 use tokio::sync::oneshot;
 
 use crate::db::{Db, DbError};
+use crate::driver::Handle;
 
 /// From this many bytes on a batch is flushed.
 const FLUSH_AT: usize = 1 << 20;
@@ -90,13 +91,15 @@ pub(crate) struct BodyWriter {
 }
 
 impl BodyWriter {
+    /// A write that fails ends the node.
     pub(crate) fn start(
         store: Arc<dyn BodyStore>,
+        driver: Handle,
     ) -> Result<(Self, JoinHandle<()>), std::io::Error> {
         let (jobs, queue) = sync_channel(64);
         let thread = std::thread::Builder::new()
             .name("store-bodies".into())
-            .spawn(move || write_all(&*store, &queue))?;
+            .spawn(move || write_all(&*store, &queue, &driver))?;
         Ok((Self { jobs }, thread))
     }
 
@@ -113,7 +116,7 @@ impl BodyWriter {
     }
 }
 
-fn write_all(store: &dyn BodyStore, queue: &Receiver<Job>) {
+fn write_all(store: &dyn BodyStore, queue: &Receiver<Job>, driver: &Handle) {
     while let Ok(first) = queue.recv() {
         let mut answers = vec![first.answer];
         let mut bodies = first.bodies;
@@ -127,6 +130,12 @@ fn write_all(store: &dyn BodyStore, queue: &Receiver<Job>) {
         }
         let result = store.put(&bodies);
         drop(bodies);
+        // What is on disk is unknown then: nothing may be promised any more.
+        if let Err(e) = &result
+            && !matches!(e, DbError::Full(_))
+        {
+            driver.fail(e.clone());
+        }
         for answer in answers {
             let _ = answer.send(result.clone());
         }

@@ -52,6 +52,8 @@ enum Input {
         group: u32,
         answer: Answer<()>,
     },
+    /// Bodies could not be written: the node ends as if the log could not.
+    Fail(DbError),
     Stop,
 }
 
@@ -86,6 +88,10 @@ impl Handle {
         received(result).await
     }
 
+    pub(crate) fn fail(&self, why: DbError) {
+        let _ = self.inputs.send(Input::Fail(why));
+    }
+
     pub(crate) fn stop(&self) {
         let _ = self.inputs.send(Input::Stop);
     }
@@ -118,6 +124,7 @@ pub(crate) struct Driver {
     last_ms: u64,
     counters: Arc<Counters>,
     stopping: bool,
+    failure: Option<DbError>,
 }
 
 impl Driver {
@@ -139,6 +146,7 @@ impl Driver {
             last_ms: 0,
             counters,
             stopping: false,
+            failure: None,
         };
         let thread = std::thread::Builder::new()
             .name("store-driver".into())
@@ -168,6 +176,9 @@ impl Driver {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            if let Some(why) = self.failure.take() {
+                return Err(stopped(why));
             }
             if Instant::now() >= next_tick {
                 next_tick = Instant::now() + TICK;
@@ -218,6 +229,7 @@ impl Driver {
                     Err(_) => refuse(answer, "the group has no leader here yet"),
                 }
             }
+            Input::Fail(why) => self.failure = Some(why),
             Input::Stop => self.stopping = true,
         }
     }
@@ -385,6 +397,7 @@ impl Driver {
                         Err(DriverError::Full)
                     });
                 }
+                Ok(Input::Fail(why)) => self.failure = Some(why),
                 Ok(Input::Stop) => {
                     self.stopping = true;
                     return;

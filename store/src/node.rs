@@ -63,7 +63,8 @@ impl Node {
         let (driver, driver_thread) =
             Driver::start(db.clone(), groups, counters.clone(), failed_tx).map_err(thread)?;
         let bodies = Arc::new(RocksBodies::new(db.clone()));
-        let (writer, writer_thread) = BodyWriter::start(bodies.clone()).map_err(thread)?;
+        let (writer, writer_thread) =
+            BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
         let shared = Arc::new(Shared {
             db,
             map,

@@ -147,6 +147,11 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// Waits until it ends by itself.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.child.wait().unwrap()
+    }
+
     /// SIGTERM, and whether it ended well.
     pub fn terminate(mut self) -> bool {
         let pid = rustix::process::Pid::from_child(&self.child);

@@ -21,9 +21,16 @@ const START_TIME: Duration = Duration::from_secs(60);
 /// Where it was not built: `cargo build --workspace` comes first.
 pub fn program(name: &str) -> PathBuf {
     let me = std::env::current_exe().expect("the path of the test program");
-    let dir = me.parent().and_then(Path::parent).expect("tests lie in target/debug/deps");
+    let dir = me
+        .parent()
+        .and_then(Path::parent)
+        .expect("tests lie in target/debug/deps");
     let path = dir.join(name);
-    assert!(path.exists(), "{} is not there: run `cargo build --workspace` first", path.display());
+    assert!(
+        path.exists(),
+        "{} is not there: run `cargo build --workspace` first",
+        path.display()
+    );
     path
 }
 
@@ -38,7 +45,11 @@ pub fn rootfs() -> &'static Path {
             return path.into();
         }
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ops/rootfs");
-        let out = Command::new(script).arg("small").stderr(Stdio::inherit()).output().expect("ops/rootfs runs");
+        let out = Command::new(script)
+            .arg("small")
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("ops/rootfs runs");
         assert!(out.status.success(), "ops/rootfs small failed");
         PathBuf::from(String::from_utf8(out.stdout).expect("a path").trim())
     })
@@ -83,7 +94,13 @@ impl TestHost {
     /// Starts a daemon on an empty state directory, with the small root filesystem imported as `small`.
     pub fn new() -> Self {
         let host = Self::empty();
-        host.cli(["image", "import", "small"].map(OsStr::new).into_iter().chain([rootfs().as_os_str()])).json();
+        host.cli(
+            ["image", "import", "small"]
+                .map(OsStr::new)
+                .into_iter()
+                .chain([rootfs().as_os_str()]),
+        )
+        .json();
         host
     }
 
@@ -125,7 +142,11 @@ impl TestHost {
             if let Some(status) = daemon.try_wait().expect("its status can be asked") {
                 panic!("the daemon ended with {status}:\n{}", self.log());
             }
-            assert!(since.elapsed() < START_TIME, "the daemon does not answer:\n{}", self.log());
+            assert!(
+                since.elapsed() < START_TIME,
+                "the daemon does not answer:\n{}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -138,8 +159,15 @@ impl TestHost {
             .open(self.dir.path().join("log"))
             .expect("a log file");
         let mut command = Command::new(program("tidepool-host"));
-        command.arg("--state-dir").arg(self.state()).arg("--socket").arg(self.socket());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command
+            .arg("--state-dir")
+            .arg(self.state())
+            .arg("--socket")
+            .arg(self.socket());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
         if let Some(criu) = criu() {
             command.arg("--criu").arg(criu);
         }
@@ -165,13 +193,21 @@ impl TestHost {
 
     /// Runs the command line with `--json`.
     pub fn cli<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Said {
-        self.command(args).output().expect("the command line runs").into()
+        self.command(args)
+            .output()
+            .expect("the command line runs")
+            .into()
     }
 
     /// The command line with `--json`, to be run.
     pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(program("tidepool"));
-        command.arg("--socket").arg(self.socket()).arg("--json").args(args).stdin(Stdio::null());
+        command
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--json")
+            .args(args)
+            .stdin(Stdio::null());
         command
     }
 
@@ -181,18 +217,24 @@ impl TestHost {
     /// Where Tidepool failed; a command's own failure is in the answer.
     pub fn exec(&self, sandbox: &str, script: &str) -> Value {
         let said = self.cli(["exec", sandbox, "--", "sh", "-c", script]);
-        serde_json::from_str(&said.stdout).unwrap_or_else(|e| panic!("{e}: {said:?}\n{}", self.log()))
+        serde_json::from_str(&said.stdout)
+            .unwrap_or_else(|e| panic!("{e}: {said:?}\n{}", self.log()))
     }
 
     /// Creates a sandbox of the small image.
     pub fn create(&self, name: &str) -> Value {
-        self.cli(["sandbox", "create", name, "--image", "small"]).json()
+        self.cli(["sandbox", "create", name, "--image", "small"])
+            .json()
     }
 
     /// SIGKILL to every process of a sandbox, as a dying machine would.
     pub fn kill_sandbox(&self, id: &str) {
         for pid in self.processes(id) {
-            let _ = Command::new("kill").arg("-9").arg(pid.to_string()).stderr(Stdio::null()).status();
+            let _ = Command::new("kill")
+                .arg("-9")
+                .arg(pid.to_string())
+                .stderr(Stdio::null())
+                .status();
         }
     }
 
@@ -201,11 +243,23 @@ impl TestHost {
         let merged = self.merged(id);
         let mut pids = Vec::new();
         for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
-            let info = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<u32>().ok())
+            else {
+                continue;
+            };
+            let info =
+                std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
             // The root mount of its namespace is the sandbox's overlay.
             let root = info.lines().find(|l| l.split(' ').nth(4) == Some("/"));
-            if root.is_some_and(|l| l.contains(&format!("upperdir={}", merged.with_file_name("upper").display()))) {
+            if root.is_some_and(|l| {
+                l.contains(&format!(
+                    "upperdir={}",
+                    merged.with_file_name("upper").display()
+                ))
+            }) {
                 pids.push(pid);
             }
         }
@@ -226,16 +280,29 @@ impl TestHost {
         let mut left = Vec::new();
         let state = self.state().display().to_string();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-        left.extend(mounts.lines().filter(|l| l.contains(&state)).map(|l| format!("mount {l}")));
+        left.extend(
+            mounts
+                .lines()
+                .filter(|l| l.contains(&state))
+                .map(|l| format!("mount {l}")),
+        );
         for id in ids {
-            left.extend(self.processes(id).iter().map(|pid| format!("process {pid} of {id}")));
+            left.extend(
+                self.processes(id)
+                    .iter()
+                    .map(|pid| format!("process {pid} of {id}")),
+            );
             let found = Command::new("find")
                 .args(["/sys/fs/cgroup", "/run/netns", "-name"])
                 .arg(format!("*{id}*"))
                 .stderr(Stdio::null())
                 .output()
                 .expect("find runs");
-            left.extend(String::from_utf8_lossy(&found.stdout).lines().map(|l| format!("left {l}")));
+            left.extend(
+                String::from_utf8_lossy(&found.stdout)
+                    .lines()
+                    .map(|l| format!("left {l}")),
+            );
         }
         left
     }

@@ -31,7 +31,9 @@ fn rounds() -> u64 {
 
 #[test]
 fn every_committed_checkpoint_survives_any_death_of_the_daemon() {
-    let seed = std::env::var("TIDEPOOL_CRASH_SEED").ok().and_then(|s| s.parse().ok());
+    let seed = std::env::var("TIDEPOOL_CRASH_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
     println!("TIDEPOOL_CRASH_SEED={seed}");
     let mut choice = Choice(seed);
@@ -43,9 +45,15 @@ fn every_committed_checkpoint_survives_any_death_of_the_daemon() {
         let kind = choice.below(10);
         let script = match kind {
             // Files; the log tells how often each round ran.
-            0..=5 => format!("echo {round} >> /root/log; seq {} > /root/data-{}", choice.below(50_000), choice.below(8)),
+            0..=5 => format!(
+                "echo {round} >> /root/log; seq {} > /root/data-{}",
+                choice.below(50_000),
+                choice.below(8)
+            ),
             // A process that stays, so that a dump is under way when death comes.
-            6 | 7 => format!("echo {round} >> /root/log; pkill -f [m]emory; setsid python3 -c 'memory = bytearray(8 << 20); import time; time.sleep(1e6)' >/dev/null 2>&1 &"),
+            6 | 7 => format!(
+                "echo {round} >> /root/log; kill $(cat /root/pid) 2>/dev/null; setsid python3 -c 'memory = bytearray(8 << 20); import time; time.sleep(1e6)' >/dev/null 2>&1 & echo $! > /root/pid"
+            ),
             // Nothing but a restore.
             _ => String::new(),
         };
@@ -53,7 +61,12 @@ fn every_committed_checkpoint_survives_any_death_of_the_daemon() {
             "" => vec!["restore", "--force", "a"],
             script => vec!["exec", "a", "--key", &key, "--", "sh", "-c", script],
         };
-        let child = host.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command line starts");
+        let child = host
+            .command(&args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command line starts");
         std::thread::sleep(Duration::from_millis(choice.below(700)));
         host.kill();
         let said = child.wait_with_output().expect("it ends");
@@ -72,7 +85,10 @@ fn every_committed_checkpoint_survives_any_death_of_the_daemon() {
             assert_eq!(again.code, 0, "round {round}: {again:?}\n{}", host.log());
             let turn: Value = serde_json::from_str(&again.stdout).expect("JSON");
             if said.status.success() {
-                assert_eq!(turn["replayed"], true, "round {round}: an acknowledged turn was lost");
+                assert_eq!(
+                    turn["replayed"], true,
+                    "round {round}: an acknowledged turn was lost"
+                );
             }
         }
     }
@@ -86,16 +102,28 @@ fn every_committed_checkpoint_survives_any_death_of_the_daemon() {
     // Every committed checkpoint restores to its digest, whenever it was committed.
     let checkpoints = host.cli(["checkpoint", "list", "a"]).json();
     let checkpoints = checkpoints.as_array().expect("a list");
-    assert!(checkpoints.len() > rounds() as usize / 4, "{} checkpoints", checkpoints.len());
+    assert!(
+        checkpoints.len() > rounds() as usize / 4,
+        "{} checkpoints",
+        checkpoints.len()
+    );
     for (n, checkpoint) in checkpoints.iter().enumerate() {
         let id = checkpoint["id"].as_str().expect("an id");
         let name = format!("v{n}");
         let forked = host.cli(["fork", "a", &name, "--checkpoint", id]);
-        assert_eq!(forked.code, 0, "checkpoint {id}: {forked:?}\n{}", host.log());
+        assert_eq!(
+            forked.code,
+            0,
+            "checkpoint {id}: {forked:?}\n{}",
+            host.log()
+        );
         assert_eq!(forked.json()["verified"], true);
         // What it holds is of its own turn: no line stands twice in the log of any state.
         let twice = host.exec(&name, "test ! -e /root/log || sort /root/log | uniq -d");
-        assert_eq!(twice["stdout_base64"], "", "checkpoint {id}: a round ran twice: {twice}");
+        assert_eq!(
+            twice["stdout_base64"], "",
+            "checkpoint {id}: a round ran twice: {twice}"
+        );
         host.cli(["sandbox", "rm", "--forget", &name]).json();
     }
     println!("{} checkpoints restored and verified", checkpoints.len());

@@ -1,18 +1,25 @@
 //! One host, end to end, through the command line only.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use tidepool_cluster_tests::TestHost;
+use tidepool_cluster_tests::{TestHost, rootfs};
 
 fn verdict(exec: &Value) -> &str {
-    exec["turn"]["verdict"].as_str().unwrap_or_else(|| panic!("no verdict in {exec}"))
+    exec["turn"]["verdict"]
+        .as_str()
+        .unwrap_or_else(|| panic!("no verdict in {exec}"))
 }
 
 fn text(exec: &Value) -> String {
     let data = exec["stdout_base64"].as_str().unwrap_or_default();
-    let out = Command::new("base64").arg("-d").stdin(feed(data)).output().expect("base64 runs");
+    let out = Command::new("base64")
+        .arg("-d")
+        .stdin(feed(data))
+        .output()
+        .expect("base64 runs");
     String::from_utf8_lossy(&out.stdout).into_owned()
 }
 
@@ -70,8 +77,15 @@ fn turns_get_the_verdict_they_ask_for() {
     assert_eq!(text(&clean), "hello\n");
     assert_eq!(clean["turn"]["checkpoint"], files["turn"]["checkpoint"]);
     let stats = &clean["turn"]["stats"];
-    assert_eq!((stats["sent_bytes"].as_u64(), stats["frozen_us"].as_u64()), (Some(0), Some(0)), "{stats}");
-    assert!(clean["turn"]["record_bytes"].as_u64() < Some(1024), "{clean}");
+    assert_eq!(
+        (stats["sent_bytes"].as_u64(), stats["frozen_us"].as_u64()),
+        (Some(0), Some(0)),
+        "{stats}"
+    );
+    assert!(
+        clean["turn"]["record_bytes"].as_u64() < Some(1024),
+        "{clean}"
+    );
 
     // Made and deleted again is no change.
     let nothing = host.exec("a", "touch /root/x && rm /root/x");
@@ -109,7 +123,11 @@ fn a_sandbox_survives_the_death_of_everything_around_it() {
     assert_eq!(restored["verified"], true, "{restored}");
     assert_eq!(restored["sandbox"]["epoch"], 2);
     let after: u64 = text(&host.exec("a", ASK)).trim().parse().unwrap();
-    assert_eq!(after, before + 1, "the counter in memory went on where it was");
+    assert_eq!(
+        after,
+        before + 1,
+        "the counter in memory went on where it was"
+    );
     let kept = host.exec("a", "cat /root/kept; test ! -e /etc/hostname && echo gone");
     assert_eq!(text(&kept), "kept\ngone\n");
 }
@@ -130,7 +148,11 @@ fn a_restarted_daemon_adopts_what_runs() {
     host.kill();
     host.start();
     let shown = host.cli(["sandbox", "show", "a"]).json();
-    assert_eq!((&shown["state"], &shown["epoch"]), (&"running".into(), &1.into()), "{shown}");
+    assert_eq!(
+        (&shown["state"], &shown["epoch"]),
+        (&"running".into(), &1.into()),
+        "{shown}"
+    );
     let after: u64 = text(&host.exec("a", ASK)).trim().parse().unwrap();
     assert_eq!(after, before + 1);
     // What the dead daemon did not see is not lost: the first look after it is a full one.
@@ -145,12 +167,24 @@ fn a_restarted_daemon_adopts_what_runs() {
 fn a_key_runs_once_whoever_asks_again() {
     let mut host = TestHost::new();
     host.create("a");
-    let args = ["exec", "a", "--key", "k1", "--", "sh", "-c", "echo x >> /root/log; wc -l < /root/log"];
+    let args = [
+        "exec",
+        "a",
+        "--key",
+        "k1",
+        "--",
+        "sh",
+        "-c",
+        "echo x >> /root/log; wc -l < /root/log",
+    ];
     let first = host.cli(args).json();
     let again = host.cli(args).json();
     assert_eq!(text(&first), "1\n");
     assert_eq!(text(&again), "1\n");
-    assert_eq!((&first["replayed"], &again["replayed"]), (&false.into(), &true.into()));
+    assert_eq!(
+        (&first["replayed"], &again["replayed"]),
+        (&false.into(), &true.into())
+    );
     assert_eq!(first["turn"]["turn"], again["turn"]["turn"]);
     // Long output is kept too.
     let long = ["exec", "a", "--key", "k2", "--", "seq", "20000"];
@@ -158,12 +192,29 @@ fn a_key_runs_once_whoever_asks_again() {
     assert_eq!(one["stdout_base64"], two["stdout_base64"]);
 
     // The daemon dies while a command runs: asking again finds the running job, not a second one.
-    let slow = ["exec", "a", "--key", "k3", "--", "sh", "-c", "echo y >> /root/slow; sleep 2; wc -l < /root/slow"];
-    let child = host.command(slow).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let slow = [
+        "exec",
+        "a",
+        "--key",
+        "k3",
+        "--",
+        "sh",
+        "-c",
+        "echo y >> /root/slow; sleep 2; wc -l < /root/slow",
+    ];
+    let child = host
+        .command(slow)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     std::thread::sleep(std::time::Duration::from_millis(800));
     host.kill();
     let cut = child.wait_with_output().unwrap();
-    assert_eq!(cut.status.code(), Some(12), "the client is told that the daemon is gone");
+    assert_eq!(
+        cut.status.code(),
+        Some(12),
+        "the client is told that the daemon is gone"
+    );
     host.start();
     assert_eq!(text(&host.cli(slow).json()), "1\n");
 }
@@ -178,19 +229,32 @@ fn rollback_and_fork_are_restores() {
 
     let diff = host.cli(["checkpoint", "diff", "a", to]).json();
     let paths = diff["paths"].to_string();
-    assert!(paths.contains("root/f") && paths.contains("root/g"), "{diff}");
+    assert!(
+        paths.contains("root/f") && paths.contains("root/g"),
+        "{diff}"
+    );
 
     let forked = host.cli(["fork", "a", "b", "--checkpoint", to]).json();
     assert_eq!(forked["verified"], true);
-    assert_eq!(text(&host.exec("b", "cat /root/f; ls /root/g 2>/dev/null")), "one\n");
+    assert_eq!(
+        text(&host.exec("b", "cat /root/f; ls /root/g 2>/dev/null")),
+        "one\n"
+    );
 
     let back = host.cli(["rollback", "a", "--to", to]).json();
     assert_eq!(back["checkpoint"], to);
-    assert_eq!(text(&host.exec("a", "cat /root/f; ls /root/g 2>/dev/null")), "one\n");
+    assert_eq!(
+        text(&host.exec("a", "cat /root/f; ls /root/g 2>/dev/null")),
+        "one\n"
+    );
     host.exec("a", "echo three > /root/f");
     assert_eq!(text(&host.exec("b", "cat /root/f")), "one\n");
     // A restore after a rollback goes to what followed it, not to what was undone.
-    host.kill_sandbox(host.cli(["sandbox", "show", "a"]).json()["id"].as_str().unwrap());
+    host.kill_sandbox(
+        host.cli(["sandbox", "show", "a"]).json()["id"]
+            .as_str()
+            .unwrap(),
+    );
     std::thread::sleep(std::time::Duration::from_millis(200));
     host.cli(["restore", "a"]).json();
     assert_eq!(text(&host.exec("a", "cat /root/f")), "three\n");
@@ -212,19 +276,53 @@ fn a_fork_carries_living_processes() {
 
 #[test]
 fn two_sandboxes_of_one_image_share_their_chunks() {
-    let host = TestHost::new();
-    let task = "for i in $(seq 40); do seq $i 20000 > /root/$i; done; cp -r /usr/lib/python3*/json /root/";
+    let host = TestHost::empty();
+    let image = host
+        .cli([
+            OsStr::new("image"),
+            OsStr::new("import"),
+            OsStr::new("small"),
+            rootfs().as_os_str(),
+        ])
+        .json();
     let sent = |name: &str| -> u64 {
-        let created = host.create(name);
-        host.exec(name, task);
+        let turns = host.cli(["turn", "list", name]).json();
+        turns
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t["stats"]["sent_bytes"].as_u64().unwrap())
+            .sum()
+    };
+    // Files only: content is shared; names, owners and times of new files are each sandbox's own.
+    let files = "for i in $(seq 20); do seq $i 90000 | sha256sum -b - > /dev/null; seq $i 7 90000 | tr -d 1 > /root/$i; done; cp -r /usr/lib/python3* /root/";
+    let task = |name: &str| {
+        host.create(name);
+        host.exec(name, files);
+        let of_files = sent(name);
         start_counter(&host, name);
         host.exec(name, ASK);
-        let turns = host.cli(["turn", "list", &id(&created)]).json();
-        turns.as_array().unwrap().iter().map(|t| t["stats"]["sent_bytes"].as_u64().unwrap()).sum()
+        (of_files, sent(name))
     };
-    let (first, second) = (sent("a"), sent("b"));
-    println!("first {first} bytes, second {second} bytes: {:.4}", second as f64 / first as f64);
-    assert!(second * 20 < first, "the second sent {second} bytes, the first {first}");
+    let image = image["sent_bytes"].as_u64().unwrap();
+    let ((files_a, all_a), (files_b, all_b)) = (task("a"), task("b"));
+    let all_a = image + all_a;
+    println!(
+        "files: first {files_a} bytes, second {files_b}: {:.4}",
+        files_b as f64 / files_a as f64
+    );
+    println!(
+        "image, files, server: first {all_a} bytes, second {all_b}: {:.4}",
+        all_b as f64 / all_a as f64
+    );
+    assert!(
+        files_b * 20 < files_a,
+        "the second sent {files_b} bytes, the first {files_a}"
+    );
+    assert!(
+        all_b * 20 < all_a,
+        "the second sent {all_b} bytes, the first {all_a}"
+    );
 }
 
 #[test]
@@ -233,7 +331,10 @@ fn nothing_is_left_of_a_removed_sandbox() {
     let ids = vec![id(&host.create("a")), id(&host.create("b"))];
     start_counter(&host, "a");
     host.exec("b", "mkdir -p /x/y && chattr +i /x/y || true");
-    assert!(!host.left_behind(&ids).is_empty(), "the look itself sees what runs");
+    assert!(
+        !host.left_behind(&ids).is_empty(),
+        "the look itself sees what runs"
+    );
     host.cli(["sandbox", "rm", "a"]).json();
     host.cli(["sandbox", "rm", "--forget", "b"]).json();
     assert_eq!(host.left_behind(&ids), Vec::<String>::new());
@@ -251,7 +352,10 @@ fn what_is_wrong_is_said_with_the_right_exit_code() {
     host.create("a");
     let code = |args: &[&str]| {
         let said = host.cli(args);
-        assert!(said.stderr.contains("error") || said.stdout.contains("error"), "{args:?}: {said:?}");
+        assert!(
+            said.stderr.contains("error") || said.stdout.contains("error"),
+            "{args:?}: {said:?}"
+        );
         said.code
     };
     assert_eq!(code(&["sandbox", "create", "x", "--image", "nope"]), 10);
@@ -259,7 +363,10 @@ fn what_is_wrong_is_said_with_the_right_exit_code() {
     assert_eq!(code(&["sandbox", "create", "../a", "--image", "small"]), 2);
     assert_eq!(code(&["exec", "nobody", "--", "true"]), 10);
     assert_eq!(code(&["restore", "a"]), 11, "it runs");
-    assert_eq!(code(&["restore", "a", "--force", "--checkpoint", "ffffffff"]), 10);
+    assert_eq!(
+        code(&["restore", "a", "--force", "--checkpoint", "ffffffff"]),
+        10
+    );
     assert_eq!(code(&["rollback", "a", "--to", "@99"]), 10);
     assert_eq!(code(&["image", "import", "y", "/does/not/exist"]), 10);
     assert_eq!(code(&["image", "import", "bad/name", "/tmp"]), 2);
@@ -274,7 +381,10 @@ fn what_is_wrong_is_said_with_the_right_exit_code() {
 fn a_paused_sandbox_stands_still_and_goes_on() {
     let mut host = TestHost::new();
     host.create("a");
-    host.exec("a", "setsid sh -c 'while :; do date +%s%N > /root/now; sleep 0.02; done' >/dev/null 2>&1 &");
+    host.exec(
+        "a",
+        "setsid sh -c 'while :; do date +%s%N > /root/now; sleep 0.02; done' >/dev/null 2>&1 &",
+    );
     host.cli(["sandbox", "pause", "a"]).json();
     assert_eq!(host.cli(["exec", "a", "--", "true"]).code, 11);
     let taken = host.cli(["checkpoint", "create", "a"]).json();
@@ -284,6 +394,9 @@ fn a_paused_sandbox_stands_still_and_goes_on() {
     host.start();
     assert_eq!(host.cli(["sandbox", "show", "a"]).json()["state"], "paused");
     host.cli(["sandbox", "resume", "a"]).json();
-    let moved = host.exec("a", "a=$(cat /root/now); sleep 0.3; test $a != $(cat /root/now) && echo moves");
+    let moved = host.exec(
+        "a",
+        "a=$(cat /root/now); sleep 0.3; test $a != $(cat /root/now) && echo moves",
+    );
     assert_eq!(text(&moved), "moves\n");
 }

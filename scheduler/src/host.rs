@@ -50,8 +50,6 @@ pub struct Host {
     pub(crate) dumps: Semaphore,
     /// One image is unpacked at a time.
     pub(crate) importing: tokio::sync::Mutex<()>,
-    /// Creations, restores and forks of one host, one at a time for each name.
-    pub(crate) naming: tokio::sync::Mutex<()>,
     sandboxes: RwLock<BTreeMap<SandboxId, Arc<Sandbox>>>,
     warnings: Vec<String>,
     /// Taken out at the end.
@@ -185,7 +183,6 @@ impl Host {
             compat,
             dumps: Semaphore::new(cores),
             importing: tokio::sync::Mutex::new(()),
-            naming: tokio::sync::Mutex::new(()),
             sandboxes: RwLock::default(),
             warnings,
             node: tokio::sync::Mutex::new(Some(node)),

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::{Deserialize, Serialize};
 
 /// Entries looked at in one sandbox's memory-backed file systems before giving up on telling.
 const MAX_ENTRIES: u64 = 50_000;
@@ -22,8 +23,9 @@ const MAX_ENTRIES: u64 = 50_000;
 const MAX_BYTES: u64 = 64 << 20;
 
 /// The contents of a sandbox's memory-backed file systems.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryFiles {
+    #[serde(with = "hex::serde")]
     digest: [u8; 32],
     /// Why the contents could not be told.
     pub unsure: Option<String>,

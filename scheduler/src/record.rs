@@ -9,6 +9,7 @@ use tidepool_sandbox::SandboxSpec;
 
 use crate::error::{Context, HostError, Result};
 use crate::keys::write_synced;
+use crate::observe::MemoryFiles;
 
 /// A sandbox's record in the store, as JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,6 +50,9 @@ pub struct LocalRecord {
     /// The init nonce of what runs here: after a fork it is that of the sandbox forked from.
     #[serde(with = "hex::serde")]
     pub init_nonce: [u8; 32],
+    /// The memory-backed files of the sandbox when it was started anew; none where it was restored with processes.
+    #[serde(default)]
+    pub pristine: Option<MemoryFiles>,
 }
 
 /// The directory of one sandbox on this host.

@@ -188,7 +188,7 @@ impl Host {
     ) -> Result<Live> {
         let name = runtime_name(sandbox.id)?;
         let layers = self.layers(&sandbox.record, &sandbox.dir, report).await?;
-        self.save_local(sandbox, epoch, nonce, false)?;
+        self.save_local(sandbox, epoch, nonce, false, None)?;
         // A fresh init is this host's own.
         let spec = SandboxSpec {
             init: None,
@@ -203,6 +203,7 @@ impl Host {
         let mut live = self.live(name, created, slot, nonce).await?;
         let pid = live.init_pid;
         live.pristine = Some(tokio::task::spawn_blocking(move || MemoryFiles::read(pid)).await?);
+        self.save_local(sandbox, epoch, nonce, false, live.pristine.clone())?;
         Ok(live)
     }
 
@@ -254,12 +255,14 @@ impl Host {
         epoch: Epoch,
         init_nonce: [u8; 32],
         paused: bool,
+        pristine: Option<MemoryFiles>,
     ) -> Result<()> {
         sandbox.dir.save(&LocalRecord {
             id: sandbox.id,
             epoch,
             paused,
             init_nonce,
+            pristine,
         })
     }
 
@@ -305,7 +308,13 @@ impl Host {
                 sandbox.record.name
             )));
         };
-        self.save_local(&sandbox, inner.epoch, live.nonce, paused)?;
+        self.save_local(
+            &sandbox,
+            inner.epoch,
+            live.nonce,
+            paused,
+            live.pristine.clone(),
+        )?;
         match paused {
             true => self.runtime.pause(&live.name).await?,
             false => self.runtime.resume(&live.name).await?,
@@ -531,7 +540,7 @@ impl Host {
             .context("restoring process images")?;
         report.progress("restoring processes", 0, None);
         let layers = self.layers(&sandbox.record, dir, report).await?;
-        self.save_local(sandbox, inner.epoch, nonce, false)?;
+        self.save_local(sandbox, inner.epoch, nonce, false, None)?;
         let name = runtime_name(sandbox.id)?;
         let spec: SandboxSpec = serde_json::from_slice(&manifest.spec).map_err(|e| {
             HostError::new(
@@ -766,7 +775,9 @@ impl Host {
         if paused {
             self.runtime.pause(&name).await?;
         }
-        inner.live = Some(live?);
+        let mut live = live?;
+        live.pristine = local.pristine;
+        inner.live = Some(live);
         let state = if paused {
             SandboxState::Paused
         } else {

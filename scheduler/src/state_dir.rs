@@ -6,12 +6,15 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock, statfs};
 
 use crate::error::{Context, HostError, Result};
 
 const EXT4_MAGIC: u64 = 0xef53;
+/// As long as CRIU gets by default, and some.
+const ORPHAN_TIME: Duration = Duration::from_secs(150);
 
 /// The paths of a host's state. Held as long as the daemon runs.
 #[derive(Debug)]
@@ -64,6 +67,7 @@ impl StateDir {
         // Two daemons of one machine (tests) must not meet in the shared memory file system.
         let tag = blake3::hash(root.as_os_str().as_encoded_bytes()).to_hex();
         let dumps = dump_base.join(format!("tidepool-{}", &tag[..12]));
+        wait_for_orphans(&dumps);
         // What an earlier daemon left there belonged to captures and restores it never finished.
         match fs::remove_dir_all(&dumps) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -107,6 +111,37 @@ impl StateDir {
         fs::create_dir(&path).context(format!("making {}", path.display()))?;
         Ok(DumpDir { path })
     }
+}
+
+/// Waits for dumps and restores that an earlier daemon began and did not live to see end.
+///
+/// A dump has the sandbox's processes stopped and its own code inside them: ending it, or letting the sandbox go on meanwhile, would break them. It ends by itself.
+fn wait_for_orphans(dumps: &Path) {
+    let until = Instant::now() + ORPHAN_TIME;
+    let mut told = false;
+    while let Some(pid) = works_on(dumps) {
+        if Instant::now() > until {
+            tracing::warn!(pid, "a dump or restore of an earlier daemon does not end");
+            return;
+        }
+        if !told {
+            tracing::info!(pid, "waiting for a dump or restore of an earlier daemon");
+            told = true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A process that was told of a path below `dumps`.
+fn works_on(dumps: &Path) -> Option<u32> {
+    let wanted = dumps.as_os_str().as_encoded_bytes();
+    let me = std::process::id();
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let arguments = fs::read(entry.path().join("cmdline")).ok()?;
+        let told = arguments.split(|b| *b == 0).any(|a| a.starts_with(wanted));
+        (told && pid != me).then_some(pid)
+    })
 }
 
 /// A directory of process images, removed when dropped.

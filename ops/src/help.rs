@@ -17,7 +17,7 @@ A first session:
     tidepool-host --state-dir /var/lib/tidepool &
     tidepool status
 
-  Import a root file system as an image; a directory, a tar or an OCI layout:
+  Import a root file system as an image: a directory, a tar or an OCI layout:
     tidepool image import debian ./rootfs.tar
 
   Create a sandbox and work in it. Each exec is one turn:
@@ -29,7 +29,7 @@ A first session:
   See what each turn changed, and that the turn which only read was skipped as clean:
     tidepool turn list web
     tidepool turn list web --evidence
-    tidepool checkpoint diff web @0
+    tidepool checkpoint diff web @1
 
   Lose it, and bring it back; `restore` works the same after a crash of the sandbox or the daemon:
     tidepool sandbox rm web
@@ -37,7 +37,7 @@ A first session:
     tidepool exec web -- cat /root/note
 
   Go back in time, or try something on a copy:
-    tidepool rollback web --to @1
+    tidepool rollback web --to @2
     tidepool fork web experiment
 
   Remove it and everything that was kept of it:
@@ -46,7 +46,7 @@ A first session:
 Naming things:
   A SANDBOX is a name, an id, or at least 4 digits of an id.
   A CHECKPOINT is an id, a unique prefix of one, or @N for the state at the end of turn N;
-  @0 is the state at creation.
+  turn 1 is the creation.
 
 Output:
   Data goes to stdout, everything else to stderr. With --json stdout is one line of JSON,

@@ -174,7 +174,11 @@ fn plan_text(plan: &Plan<'_>) -> String {
     };
     out += &format!(
         "would {} {} to turn {}, checkpoint {} of {}: {} of files over {}, {processes}\n",
-        plan.action,
+        if plan.action == "rollback" {
+            "roll back"
+        } else {
+            "restore"
+        },
         human::clean(&sandbox.name),
         found.turn,
         found.id.short(),

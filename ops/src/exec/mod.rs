@@ -220,6 +220,10 @@ impl Exec {
                         replayed,
                     });
                 }
+                // Refused before it was started, or the record of an earlier run: nothing ran.
+                ExecEvent::Error { error } if started.is_some() || replayed => {
+                    return Err(error.into());
+                }
                 ExecEvent::Error { error } => {
                     let failure = Failure::from(error)
                         .hint("the command may have run, but its turn is not committed");

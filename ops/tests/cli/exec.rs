@@ -277,10 +277,21 @@ fn a_turn_that_was_not_committed_is_an_error_of_its_kind() {
 
 #[test]
 fn a_refused_exec_did_not_run() {
-    let server = Server::new([(EXEC, Reply::failed(404, "not_found", "no sandbox web"))]);
-    let run = server.run("exec web -- x");
-    assert_eq!(run.code, 10, "{run:?}");
-    assert_eq!(run.stderr, "tidepool: error: no sandbox web\n");
+    let event = || {
+        Step::Line(
+            json!({"type": "error", "error": {"kind": "not_found", "message": "no such thing"}}),
+        )
+    };
+    for reply in [
+        Reply::failed(404, "not_found", "no such thing"),
+        Reply::steps([event()]),
+        Reply::steps([started(true), event()]),
+    ] {
+        let server = Server::new([(EXEC, reply)]);
+        let run = server.run("exec web -- x");
+        assert_eq!(run.code, 10, "{run:?}");
+        assert_eq!(run.stderr, "tidepool: error: no such thing\n");
+    }
 }
 
 #[test]

@@ -404,7 +404,7 @@ fn dry_runs_print_the_request_and_send_nothing() {
     assert_eq!(run.code, 0, "{run:?}");
     for text in [
         "would stop web, which is running; what happened since turn 7 would be lost\n",
-        "would rollback web to turn 3, checkpoint bbbbbbbb",
+        "would roll back web to turn 3, checkpoint bbbbbbbb",
         "4 turns after it would be undone\n",
         "added          -   10 B  root/new\n",
     ] {

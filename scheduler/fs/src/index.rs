@@ -62,7 +62,7 @@ impl Leaf {
 }
 
 /// A directory as it was captured: its tree, and by inode what became of each file in it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct TreeIndex {
     pub(crate) dev: u64,
     pub(crate) root: DirId,
@@ -76,6 +76,17 @@ pub struct TreeIndex {
     pub(crate) tree: TreeId,
     pub(crate) bytes: u64,
     pub(crate) files: u64,
+}
+
+impl std::fmt::Debug for TreeIndex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TreeIndex")
+            .field("tree", &self.tree)
+            .field("bytes", &self.bytes)
+            .field("files", &self.files)
+            .field("directories", &self.dirs.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl TreeIndex {

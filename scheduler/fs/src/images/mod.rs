@@ -6,6 +6,7 @@
 
 mod copy;
 mod oci;
+mod reader;
 mod tarball;
 mod unpack;
 

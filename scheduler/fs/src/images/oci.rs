@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use ring::digest::{Context, SHA256};
 use serde::Deserialize;
 
+use super::reader::TarReader;
 use super::tarball::{self, Compression};
 use super::unpack::{Unpacker, clean};
 use super::{Config, ImageError, io_error};
@@ -169,15 +170,10 @@ impl Layout {
             file = inflate(file, dest, max)?;
         }
         let mut at = BTreeMap::new();
-        let mut tar = tar::Archive::new(&file);
-        for entry in tar
-            .entries_with_seek()
-            .map_err(|e| damaged(e.to_string()))?
-        {
-            let entry = entry.map_err(|e| damaged(e.to_string()))?;
-            if entry.header().entry_type().is_file() {
-                let path = clean(&entry.path_bytes())?;
-                at.insert(path, (entry.raw_file_position(), entry.size()));
+        let mut tar = TarReader::new(std::io::BufReader::with_capacity(1 << 18, &file));
+        while let Some(entry) = tar.next()? {
+            if entry.kind == b'0' {
+                at.insert(clean(&entry.path)?, (tar.position(), entry.size));
             }
             if at.len() > 100_000 {
                 return Err(ImageError::TooLarge {

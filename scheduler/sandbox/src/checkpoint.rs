@@ -100,9 +100,8 @@ impl Runtime {
         })
         .await?;
         if let Err(e) = result {
-            return Err(match reason(e, &work.join(DUMP_LOG))? {
-                Reason { reason, log } => SandboxError::Dump { reason, log },
-            });
+            let Reason { reason, log } = reason(e, &work.join(DUMP_LOG))?;
+            return Err(SandboxError::Dump { reason, log });
         }
         remaps::collect(&record.layers, images)?;
         let (image_bytes, image_files) = sizes(images)?;
@@ -192,9 +191,10 @@ impl Runtime {
             .await
         {
             Ok(()) => created_from(&pid_file),
-            Err(e) => match reason(e, &work.join(RESTORE_LOG))? {
-                Reason { reason, log } => Err(SandboxError::Restore { reason, log }),
-            },
+            Err(e) => {
+                let Reason { reason, log } = reason(e, &work.join(RESTORE_LOG))?;
+                Err(SandboxError::Restore { reason, log })
+            }
         }
     }
 }

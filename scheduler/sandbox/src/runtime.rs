@@ -9,10 +9,11 @@ use crate::command::{self, run};
 use crate::config::{Layers, Network, RuntimeConfig, SandboxName, SandboxSpec};
 use crate::error::{Context, Result, SandboxError, blocking};
 use crate::inspect::{self, Process};
+use crate::programs::{init_file, recent_criu, too_old, version, write_init};
 use crate::record::{Record, Records, write_whole};
 use crate::{INIT_BINARY, mounts, nat, netns, oci};
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -419,85 +420,6 @@ impl Runtime {
         })
         .await
     }
-
-    /// Ends a sandbox and removes everything of it but its layers. Nothing to remove is no error.
-    pub async fn destroy(&self, name: &SandboxName) -> Result<()> {
-        let record = match self.records.get(name) {
-            Ok(record) => Some(record),
-            Err(SandboxError::NotFound(_)) => None,
-            Err(e) => {
-                tracing::warn!(sandbox = %name, error = %e, "the record is unreadable; removing what can be found");
-                None
-            }
-        };
-        let (this, group) = (self.clone(), record.clone());
-        blocking(move || match group {
-            // Kills everything, whoever started it; the network and mount namespaces end with it.
-            Some(r) => {
-                let pids = this.groups.processes(&r.cgroup).unwrap_or_default();
-                this.groups.remove(&r.cgroup)?;
-                wait_gone(&pids);
-                Ok(())
-            }
-            None => Ok(()),
-        })
-        .await?;
-        if self.records.runc_root().join(name.as_str()).exists() {
-            let log = self.records.dir(name).join("delete.log");
-            let mut command = self.runc(
-                Some(&log)
-                    .filter(|_| self.records.dir(name).exists())
-                    .map(PathBuf::as_path),
-            );
-            command.arg("delete").arg("--force").arg(name.as_str());
-            // Its processes are gone and what else it would remove is removed below, so its result does not matter.
-            if let Err(e) = run("the OCI runtime's delete", &mut command, RUNC_TIME).await {
-                tracing::warn!(sandbox = %name, error = %e, "the OCI runtime did not forget a sandbox");
-            }
-        }
-        if let Some(r) = record.as_ref().filter(|r| r.network == Network::Nat) {
-            nat::close(r).await?;
-        }
-        let (this, name) = (self.clone(), name.clone());
-        blocking(move || {
-            if let Some(r) = &record {
-                // The runtime may have made it anew meanwhile if it was in the middle of something.
-                this.groups.remove(&r.cgroup)?;
-                mounts::unmount(&r.layers.merged)?;
-                let _ = fs::remove_dir(&r.layers.merged);
-                netns::remove(&r.netns)?;
-            }
-            this.records.remove(&name)
-        })
-        .await
-    }
-}
-
-/// Processes leave their cgroup a moment before they are gone. One that its parent does not reap is not waited for.
-fn wait_gone(pids: &[i32]) {
-    let until = Instant::now() + Duration::from_secs(2);
-    let there = |pid: &i32| Path::new("/proc").join(pid.to_string()).exists();
-    while pids.iter().any(there) && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn init_file(state_dir: &Path, digest: &str) -> PathBuf {
-    state_dir.join("init").join(digest).join("tidepool-init")
-}
-
-/// Puts the init program where sandboxes mount it from. Older ones stay: checkpoints were made with them.
-fn write_init(state_dir: &Path, digest: &str) -> Result<()> {
-    let path = init_file(state_dir, digest);
-    if fs::read(&path).is_ok_and(|b| b == INIT_BINARY) {
-        return Ok(());
-    }
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).context(|| format!("cannot make {}", dir.display()))?;
-    }
-    write_whole(&path, INIT_BINARY)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o555))
-        .context(|| format!("{}", path.display()))
 }
 
 fn created_at(pid: i32) -> Result<Created> {
@@ -520,55 +442,4 @@ pub(crate) fn created_from(pid_file: &Path) -> Result<Created> {
         .map_err(std::io::Error::other)
         .context(|| format!("{}", pid_file.display()))?;
     created_at(pid)
-}
-
-/// The first version number a program tells.
-async fn version(program: &Path) -> std::result::Result<String, String> {
-    let mut command = Command::new(program);
-    command.arg("--version");
-    let out = command::run_ok(
-        "asking for a version",
-        &mut command,
-        Duration::from_secs(20),
-    )
-    .await;
-    let out = out.map_err(|e| e.to_string())?;
-    let text = String::from_utf8_lossy(&out).into_owned();
-    let number = text
-        .split_whitespace()
-        .find(|w| w.starts_with(|c: char| c.is_ascii_digit()));
-    number
-        .map(str::to_owned)
-        .ok_or_else(|| format!("it tells no version: {}", text.trim()))
-}
-
-fn recent_criu(version: &str) -> bool {
-    let number = |s: Option<&str>| s.and_then(|s| s.parse::<u32>().ok()).unwrap_or(0);
-    let mut parts = version.split(|c: char| !c.is_ascii_digit());
-    (
-        number(parts.next()),
-        number(parts.next()),
-        number(parts.next()),
-    ) >= (4, 2, 1)
-}
-
-fn too_old(version: &str) -> String {
-    format!(
-        "version {version} is older than 4.2.1, the first that can checkpoint containers with TCP sockets here"
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn old_versions_of_criu_are_told_from_new_ones() {
-        for good in ["4.2.1", "4.3", "5", "10.0"] {
-            assert!(recent_criu(good), "{good}");
-        }
-        for bad in ["4.2", "3.17.1", "4.1.9", "", "x"] {
-            assert!(!recent_criu(bad), "{bad}");
-        }
-    }
 }

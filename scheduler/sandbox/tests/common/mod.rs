@@ -159,7 +159,7 @@ pub fn rootfs() -> PathBuf {
     let cache = Path::new(&home).join(".cache/tidepool/test-rootfs");
     fs::create_dir_all(&cache).expect("a cache directory");
     let lock = fs::File::create(cache.join("sandbox.lock")).expect("a lock file");
-    lock.lock().expect("the lock");
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).expect("the lock");
     let list = PROGRAMS.join(" ");
     let sum = list.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
         (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)

@@ -174,6 +174,19 @@ def netns_of(sandbox):
     return {p.name for p in directory.iterdir() if p.stat().st_ino in inodes} if directory.is_dir() else set()
 
 
+def cgroups_of(sandbox):
+    """The directories of the sandbox's cgroups, one for each hierarchy."""
+    found = set()
+    for pid in pids_of(sandbox):
+        try:
+            lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        except OSError:
+            continue
+        for path in {line.split(":", 2)[2] for line in lines if sandbox in line}:
+            found |= {p for p in [Path("/sys/fs/cgroup" + path), *Path("/sys/fs/cgroup").glob("*" + path)] if p.is_dir()}
+    return found
+
+
 def is_zombie(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
@@ -210,6 +223,7 @@ class Demo:
         self.sandboxes = {}
         # All names by which something left behind would be known as this demo's.
         self.marks = {str(self.state), str(self.host.dumps)}
+        self.cgroups = set()
         self.kills = self.verified = self.passed = 0
         self.restores, self.turns = [], []
 
@@ -295,6 +309,7 @@ class Demo:
         created = self.host.ask("sandbox", "create", name, task["base"])
         self.sandboxes[name] = created["id"]
         self.marks |= {created["id"]} | netns_of(created["id"])
+        self.cgroups |= cgroups_of(created["id"])
         for n, turn in enumerate(turns):
             self.run_turn(name, n, turn, task["workdir"], death if n == fatal else None)
         self.run_turn(name, len(turns), {"cmd": UNPACK, "stdin": str(directory / task["tests"])}, task["workdir"], None)
@@ -351,15 +366,30 @@ class Demo:
 
     def close(self, before):
         """Takes away all that the demo made, however it ended. Returns what is left all the same."""
-        if self.host.daemon is not None and self.host.daemon.poll() is None:
-            for name in list(self.sandboxes):
-                try:
-                    self.host.call("sandbox", "rm", name, check=False, timeout=60)
-                except subprocess.TimeoutExpired:
-                    pass
-            self.host.stop()
+        if self.sandboxes:
+            try:
+                # Only the daemon knows all that belongs to a sandbox; it may be dead, if this comes in the middle of a restore.
+                if self.host.call("status", check=False).returncode != 0:
+                    self.host.kill()
+                    self.host.start()
+                for name in list(self.sandboxes):
+                    self.host.call("sandbox", "rm", name, timeout=60)
+                    del self.sandboxes[name]
+            except ERRORS as error:
+                print(f"error: a sandbox could not be removed: {error}", file=sys.stderr)
+        self.host.stop()
         for sandbox in self.sandboxes.values():
-            kill_sandbox(sandbox)
+            try:
+                kill_sandbox(sandbox)
+            except Failure as error:
+                print(f"error: {error}", file=sys.stderr)
+        for group in sorted(self.cgroups):
+            # The parent is this host's own; it goes when it is empty.
+            for path in (group, group.parent):
+                try:
+                    path.rmdir()
+                except OSError:
+                    pass  # gone already, or still in use by another sandbox
         self.host.log.close()
         unmount_below(self.state)
         shutil.rmtree(self.host.dumps, ignore_errors=True)

@@ -1,5 +1,5 @@
 // Tidepool's eBPF programs: which inodes of its upper a sandbox dirties, which processes come and go,
-// and, on request, how far each of its tasks has run.
+// and, on request, how far each of its tasks has run and what it does after a thaw.
 //
 // All programs only look; none changes what the kernel does.
 #include "kernel.h"
@@ -172,8 +172,99 @@ int iter_tasks(struct bpf_iter__task *ctx)
 	if (bpf_core_field_exists(task->sched_info.pcount))
 		record.pcount = task->sched_info.pcount;
 	BPF_CORE_READ_INTO(&record.comm, task, comm);
+	record.state = task->__state;
+	if (bpf_core_field_exists(((struct pt_regs *)0)->orig_ax)) {
+		struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+
+		if (regs->cs == USER_CS_64 && !(task->thread_info.status & TS_COMPAT)) {
+			record.known = 1;
+			record.orig_ax = regs->orig_ax;
+			record.ax = regs->ax;
+			record.ip = regs->ip;
+			record.sp = regs->sp;
+			record.si = regs->si;
+			record.dx = regs->dx;
+			record.r10 = regs->r10;
+		}
+	}
 	// A record that does not fit makes the kernel offer the task again with an empty buffer.
 	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	return 0;
+}
+
+// ---- what tasks do after a thaw -----------------------------------------------------------------------
+//
+// Attached only while something is under watch: they cost every system call of the machine something.
+
+static __always_inline struct task_calls *calls_of(struct task_struct *task)
+{
+	struct task_calls fresh = {};
+	struct task_calls *calls;
+	struct call_key key = {};
+	struct sandbox *sandbox;
+	struct watch *watch;
+	u32 level, slot;
+
+	sandbox = sandbox_of(task, &level);
+	if (!sandbox)
+		return 0;
+	slot = sandbox->slot;
+	watch = bpf_map_lookup_elem(&WATCHED, &slot);
+	if (!watch)
+		return 0;
+	key.watch = watch->id;
+	key.tid = task->pid;
+	calls = bpf_map_lookup_elem(&CALLS, &key);
+	if (calls)
+		return calls;
+	fresh.tgid = task->tgid;
+	bpf_map_update_elem(&CALLS, &key, &fresh, BPF_NOEXIST);
+	calls = bpf_map_lookup_elem(&CALLS, &key);
+	if (!calls)
+		__sync_fetch_and_add(&watch->lost, 1);
+	return calls;
+}
+
+static __always_inline void note_call(struct call *call, struct task_struct *task,
+				      const struct pt_regs *regs, s64 nr)
+{
+	call->nr = -1;
+	call->nvcsw = task->nvcsw;
+	if (!bpf_core_field_exists(((struct pt_regs *)0)->orig_ax))
+		return;
+	if (BPF_CORE_READ(regs, cs) != USER_CS_64 || task->thread_info.status & TS_COMPAT)
+		return; // the numbers mean other calls there
+	call->nr = nr;
+	call->ip = BPF_CORE_READ(regs, ip);
+	call->sp = BPF_CORE_READ(regs, sp);
+	call->si = BPF_CORE_READ(regs, si);
+	call->dx = BPF_CORE_READ(regs, dx);
+	call->r10 = BPF_CORE_READ(regs, r10);
+}
+
+SEC("raw_tracepoint/sys_enter")
+int tp_sys_enter(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	const struct pt_regs *regs = (const struct pt_regs *)ctx->args[0];
+	struct task_calls *calls = calls_of(task);
+
+	if (!calls)
+		return 0;
+	if (calls->count == 0)
+		note_call(&calls->first, task, regs, (s64)ctx->args[1]);
+	// After the call, never before: a reader that finds the count finds the call.
+	__sync_fetch_and_add(&calls->count, 1);
+	return 0;
+}
+
+SEC("raw_tracepoint/signal_deliver")
+int tp_signal(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_calls *calls = calls_of(bpf_get_current_task_btf());
+
+	if (calls)
+		__sync_fetch_and_add(&calls->signals, 1);
 	return 0;
 }
 

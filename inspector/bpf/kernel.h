@@ -11,8 +11,10 @@
 #include <bpf/bpf_core_read.h>
 
 typedef __u8 u8;
+typedef __u16 u16;
 typedef __u32 u32;
 typedef __s32 s32;
+typedef __s64 s64;
 typedef __u64 u64;
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
@@ -43,7 +45,12 @@ struct sched_info {
 	unsigned long pcount;
 };
 
+struct thread_info {
+	u32 status;
+};
+
 struct task_struct {
+	struct thread_info thread_info;
 	unsigned int __state;
 	unsigned int flags;
 	int on_cpu;
@@ -61,6 +68,18 @@ struct task_struct {
 	unsigned long nivcsw;
 	u64 start_boottime;
 	char comm[16];
+};
+
+// x86-64. Elsewhere the fields do not exist, which the programs ask before they read them.
+struct pt_regs {
+	unsigned long r10;
+	unsigned long ax;
+	unsigned long dx;
+	unsigned long si;
+	unsigned long orig_ax;
+	unsigned long ip;
+	u16 cs;
+	unsigned long sp;
 };
 
 struct super_block {
@@ -89,5 +108,9 @@ struct bpf_iter__task {
 #pragma clang attribute pop
 
 #define PF_KTHREAD 0x00200000
+
+// On x86-64: the code segment of 64-bit code, and a task in a system call with 32-bit numbers.
+#define USER_CS_64 0x33
+#define TS_COMPAT 0x0002
 
 #endif

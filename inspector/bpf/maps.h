@@ -33,6 +33,24 @@ struct {
 	__type(value, u32);
 } WANTED SEC(".maps");
 
+// Slot -> its watch, for as long as there is one.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096); // set at load
+	__type(key, u32);
+	__type(value, struct watch);
+} WATCHED SEC(".maps");
+
+// What the tasks of the sandboxes under watch did.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct call_key);
+	__type(value, struct task_calls);
+} CALLS SEC(".maps");
+
 // The kernel's limit (MAX_PID_NS_LEVEL).
 #define MAX_LEVEL 32
 

@@ -47,14 +47,57 @@ struct task_record {
 	u32 parent_tgid;
 	u32 exit_state;
 	u32 running; // on a CPU, queued for one, or about to be
-	u32 pad;
+	u32 state;   // as in task_struct
 	u64 start_boottime;
 	u64 sum_exec_runtime;
 	u64 nvcsw;
 	u64 nivcsw;
 	u64 pcount;
 	char comm[16];
+	// Where it entered the kernel: its registers as they will be on the return to user mode.
+	u64 known; // 1: in 64-bit code on x86-64; otherwise the following are 0
+	u64 orig_ax;
+	u64 ax;
+	u64 ip;
+	u64 sp;
+	u64 si;
+	u64 dx;
+	u64 r10;
 };
-_Static_assert(sizeof(struct task_record) == 88, "mirrored in raw.rs");
+_Static_assert(sizeof(struct task_record) == 152, "mirrored in raw.rs");
+
+// A sandbox under watch at a thaw.
+struct watch {
+	u32 id; // never used twice while the programs are loaded
+	u32 pad;
+	u64 lost; // tasks that found no room in CALLS
+};
+_Static_assert(sizeof(struct watch) == 16, "mirrored in calls.rs");
+
+struct call_key {
+	u32 watch;
+	u32 tid;
+};
+_Static_assert(sizeof(struct call_key) == 8, "mirrored in calls.rs");
+
+struct call {
+	s64 nr;
+	u64 ip;
+	u64 sp;
+	u64 si;
+	u64 dx;
+	u64 r10;
+	u64 nvcsw; // voluntary context switches before it
+};
+
+// What a task did since the watch began. Written by the task itself only.
+struct task_calls {
+	u32 count;   // system calls entered
+	u32 signals; // signals delivered
+	u32 tgid;
+	u32 pad;
+	struct call first; // the first of them
+};
+_Static_assert(sizeof(struct task_calls) == 72, "mirrored in calls.rs");
 
 #endif

@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::effects::{Effects, Mark, SandboxSlot, Target};
 use crate::error::InspectorError;
@@ -25,6 +25,7 @@ use crate::pending::{Bounds, Pending};
 use crate::raw::Sandbox;
 use crate::support::{kernel_dev, supports};
 use crate::tasks::{TaskInfo, TaskRan, TaskTable};
+use crate::watch::ThawWatch;
 
 /// Bounds given at load.
 #[derive(Clone, Debug)]
@@ -51,13 +52,13 @@ impl Default for InspectorOptions {
     }
 }
 
-/// The eBPF programs and what they saw: one per host process. They are detached when it is dropped.
+/// The eBPF programs and what they saw: one per host process. They are detached when it and all its watches are dropped.
 pub struct Inspector {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
 }
 
-struct State {
-    hooks: Hooks,
+pub(crate) struct State {
+    pub(crate) hooks: Hooks,
     bounds: Bounds,
     max_sandboxes: u32,
     own_pid_ns: Option<u64>,
@@ -67,7 +68,7 @@ struct State {
     misses: (u64, u64),
 }
 
-struct Registered {
+pub(crate) struct Registered {
     pid_ns: u32,
     /// Device as in `stat`.
     dev: u64,
@@ -128,7 +129,7 @@ impl Inspector {
             misses,
         };
         Ok(Self {
-            state: Mutex::new(state),
+            state: Arc::new(Mutex::new(state)),
         })
     }
 
@@ -268,14 +269,29 @@ impl Inspector {
         })
     }
 
+    /// Begins to count what the threads of a sandbox do. Call while it is frozen, after the dump; then thaw it and [poll](ThawWatch::poll).
+    ///
+    /// The answer tells whether the dump is still as good as one taken then, although freezing, dumping and thawing move the counters that [`Self::tasks`] reads.
+    /// A second watch of the same sandbox ends the first.
+    ///
+    /// # Errors
+    /// [`InspectorError::UnknownSlot`], or a failed call into the kernel.
+    pub fn watch_thaw(&self, slot: SandboxSlot) -> Result<ThawWatch, InspectorError> {
+        ThawWatch::begin(&self.state, slot)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
-        // The state is valid after every step; a panic elsewhere while it was held does not change that.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
+pub(crate) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    // The state is valid after every step; a panic elsewhere while it was held does not change that.
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl State {
-    fn get(&self, slot: SandboxSlot) -> Result<&Registered, InspectorError> {
+    pub(crate) fn get(&self, slot: SandboxSlot) -> Result<&Registered, InspectorError> {
         self.registered
             .get(&slot.0)
             .ok_or(InspectorError::UnknownSlot(slot))

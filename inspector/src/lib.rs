@@ -14,6 +14,7 @@
 //! (`scheduler/core`), memory filesystems such as `/dev/shm` (the hooks do not see them; the scheduler walks them),
 //! freezing and capture.
 
+mod calls;
 mod effects;
 mod error;
 mod inspector;
@@ -25,6 +26,8 @@ pub mod rearm;
 mod support;
 mod sys;
 mod tasks;
+mod thaw;
+mod watch;
 
 pub use effects::{
     DirtyInode, Effects, ExecEvent, ExitEvent, FileEffects, Mark, ProcessEvent, SandboxSlot, Target,
@@ -34,3 +37,5 @@ pub use inspector::{Activity, Inspector, InspectorOptions};
 pub use mappings::{SharedMapping, shared_writable_mappings, shared_writable_mappings_of};
 pub use support::{pid_ns_inode, supports};
 pub use tasks::{RanBecause, TaskInfo, TaskRan, TaskTable};
+pub use thaw::{Thaw, ThawBecause, ThawRan};
+pub use watch::ThawWatch;

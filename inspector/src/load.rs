@@ -8,6 +8,7 @@ use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
 use aya::programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, include_bytes_aligned};
 
+use crate::calls::{Calls, TaskCalls};
 use crate::error::InspectorError;
 use crate::raw::{self, Event, Sandbox, Task};
 use crate::{InspectorOptions, sys};
@@ -26,6 +27,11 @@ const PROCESS_HOOKS: [(&str, &str); 3] = [
     ("tp_exec", "sched_process_exec"),
     ("tp_exit", "sched_process_exit"),
 ];
+/// Program and tracepoint of each hook attached during a watch only.
+const WATCH_HOOKS: [(&str, &str); 2] = [
+    ("tp_sys_enter", "sys_enter"),
+    ("tp_signal", "signal_deliver"),
+];
 const ITERATOR: &str = "iter_tasks";
 
 /// More tasks than any pids limit allows one sandbox.
@@ -38,6 +44,7 @@ pub(crate) struct Hooks {
     wanted: Array<MapData, u32>,
     dirty: MapData,
     events: RingBuf<MapData>,
+    calls: Calls,
 }
 
 impl Hooks {
@@ -51,6 +58,7 @@ impl Hooks {
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
             .map_max_entries("SANDBOXES", options.max_sandboxes.max(1))
+            .map_max_entries("WATCHED", options.max_sandboxes.max(1))
             .map_max_entries("DIRTY", options.max_dirty_inodes.max(1))
             .map_max_entries("EVENTS", ring_size(options.event_bytes))
             .load(OBJECT)
@@ -77,11 +85,16 @@ impl Hooks {
                 denied_or(e, &format!("tracepoint {tracepoint} cannot be attached to"))
             })?;
         }
+        for (name, _) in WATCH_HOOKS {
+            let hook: &mut RawTracePoint = program(&mut ebpf, name)?;
+            hook.load()
+                .map_err(|e| denied_or(e, &format!("the kernel does not accept program {name}")))?;
+        }
         let iterator: &mut Iter = program(&mut ebpf, ITERATOR)?;
         iterator.load("task", &btf).map_err(|e| {
             denied_or(
                 e,
-                "the kernel has no task iterator for eBPF (it needs Linux 5.8 or newer)",
+                "the kernel has no task iterator for eBPF (it needs Linux 5.15 or newer)",
             )
         })?;
 
@@ -94,6 +107,10 @@ impl Hooks {
             sandboxes: HashMap::try_from(map(&mut ebpf, "SANDBOXES")?).map_err(wrong)?,
             wanted: Array::try_from(map(&mut ebpf, "WANTED")?).map_err(wrong)?,
             events: RingBuf::try_from(map(&mut ebpf, "EVENTS")?).map_err(wrong)?,
+            calls: Calls::new(
+                HashMap::try_from(map(&mut ebpf, "WATCHED")?).map_err(wrong)?,
+                HashMap::try_from(map(&mut ebpf, "CALLS")?).map_err(wrong)?,
+            ),
             dirty,
             ebpf,
         })
@@ -135,22 +152,69 @@ impl Hooks {
 
     /// How often a hook on files, and one on processes, was skipped by the kernel since load.
     pub(crate) fn misses(&self) -> Result<(u64, u64), InspectorError> {
-        let sum = |hooks: [(&str, &str); 3]| -> Result<u64, InspectorError> {
-            let mut total = 0u64;
-            for (name, _) in hooks {
-                let fd = self
-                    .ebpf
-                    .program(name)
-                    .ok_or_else(|| InspectorError::Object(format!("program {name}")))?
-                    .fd()
-                    .map_err(|e| kernel("an eBPF program is not loaded", e))?;
-                let misses = sys::recursion_misses(fd.as_fd())
-                    .map_err(|e| kernel("the state of an eBPF program cannot be read", e))?;
-                total = total.wrapping_add(misses);
+        Ok((
+            self.misses_of(&FILE_HOOKS)?,
+            self.misses_of(&PROCESS_HOOKS)?,
+        ))
+    }
+
+    fn misses_of(&self, hooks: &[(&str, &str)]) -> Result<u64, InspectorError> {
+        let mut total = 0u64;
+        for (name, _) in hooks {
+            let fd = self
+                .ebpf
+                .program(name)
+                .ok_or_else(|| InspectorError::Object(format!("program {name}")))?
+                .fd()
+                .map_err(|e| kernel("an eBPF program is not loaded", e))?;
+            let misses = sys::recursion_misses(fd.as_fd())
+                .map_err(|e| kernel("the state of an eBPF program cannot be read", e))?;
+            total = total.wrapping_add(misses);
+        }
+        Ok(total)
+    }
+
+    /// Begins to count the system calls of a sandbox's tasks. Nothing is missed from when this returns.
+    pub(crate) fn watch(&mut self, slot: u32) -> Result<u32, InspectorError> {
+        let id = self.calls.begin(slot)?;
+        if !self.calls.attached() {
+            let mut links = Vec::new();
+            for (name, tracepoint) in WATCH_HOOKS {
+                let attached =
+                    program(&mut self.ebpf, name).and_then(|hook: &mut RawTracePoint| {
+                        let link = hook.attach(tracepoint).and_then(|id| hook.take_link(id));
+                        link.map_err(|e| kernel("system calls cannot be watched", e))
+                    });
+                match attached {
+                    Ok(link) => links.push(link),
+                    Err(e) => {
+                        self.calls.end(slot, id);
+                        return Err(e);
+                    }
+                }
             }
-            Ok(total)
-        };
-        Ok((sum(FILE_HOOKS)?, sum(PROCESS_HOOKS)?))
+            self.calls.keep(links);
+        }
+        Ok(id)
+    }
+
+    /// Ends a watch. The programs are detached with the last one.
+    pub(crate) fn unwatch(&mut self, slot: u32, id: u32) {
+        self.calls.end(slot, id);
+    }
+
+    /// What was counted under a watch; None where it was not all counted, or is another's.
+    pub(crate) fn calls(
+        &self,
+        slot: u32,
+        id: u32,
+    ) -> Result<Option<std::collections::HashMap<u32, TaskCalls>>, InspectorError> {
+        self.calls.read(slot, id)
+    }
+
+    /// How often a hook of a watch was skipped by the kernel since load.
+    pub(crate) fn watch_misses(&self) -> Result<u64, InspectorError> {
+        self.misses_of(&WATCH_HOOKS)
     }
 
     /// All tasks of one sandbox.
@@ -198,7 +262,7 @@ where
     <&mut P>::try_from(program).map_err(|_| missing())
 }
 
-fn kernel(what: &'static str, e: impl Error + Send + Sync + 'static) -> InspectorError {
+pub(crate) fn kernel(what: &'static str, e: impl Error + Send + Sync + 'static) -> InspectorError {
     let source = match errno(&e) {
         Some(code) => io::Error::from_raw_os_error(code),
         None => io::Error::other(e),

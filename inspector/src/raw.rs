@@ -27,7 +27,7 @@ pub(crate) const DIRTY_VALUE: usize = 4;
 /// Length of `struct event`.
 pub(crate) const EVENT: usize = 184;
 /// Length of `struct task_record`.
-pub(crate) const TASK: usize = 88;
+pub(crate) const TASK: usize = 152;
 
 /// One entry of `DIRTY`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,12 +101,29 @@ pub(crate) struct Task {
     pub(crate) parent_tgid: u32,
     pub(crate) exit_state: u32,
     pub(crate) running: u32,
+    pub(crate) state: u32,
     pub(crate) start_boottime: u64,
     pub(crate) sum_exec_runtime: u64,
     pub(crate) nvcsw: u64,
     pub(crate) nivcsw: u64,
     pub(crate) pcount: u64,
     pub(crate) comm: String,
+    /// None where it is not in 64-bit code on x86-64.
+    pub(crate) regs: Option<Registers>,
+}
+
+/// A task's registers at its entry into the kernel, as they will be on its return.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Registers {
+    /// Number of the system call; negative outside of one.
+    pub(crate) orig_ax: i64,
+    /// The call's result, where it has one already.
+    pub(crate) ax: i64,
+    pub(crate) ip: u64,
+    pub(crate) sp: u64,
+    pub(crate) si: u64,
+    pub(crate) dx: u64,
+    pub(crate) r10: u64,
 }
 
 impl Task {
@@ -122,13 +139,33 @@ impl Task {
             parent_tgid: u32_at(bytes, 16)?,
             exit_state: u32_at(bytes, 20)?,
             running: u32_at(bytes, 24)?,
+            state: u32_at(bytes, 28)?,
             start_boottime: u64_at(bytes, 32)?,
             sum_exec_runtime: u64_at(bytes, 40)?,
             nvcsw: u64_at(bytes, 48)?,
             nivcsw: u64_at(bytes, 56)?,
             pcount: u64_at(bytes, 64)?,
             comm: text(bytes.get(72..88)?),
+            regs: Registers::decode(bytes.get(88..)?)?,
         })
+    }
+}
+
+impl Registers {
+    /// The outer `None` is a record cut off.
+    fn decode(bytes: &[u8]) -> Option<Option<Self>> {
+        if u64_at(bytes, 0)? == 0 {
+            return Some(None);
+        }
+        Some(Some(Self {
+            orig_ax: u64_at(bytes, 8)?.cast_signed(),
+            ax: u64_at(bytes, 16)?.cast_signed(),
+            ip: u64_at(bytes, 24)?,
+            sp: u64_at(bytes, 32)?,
+            si: u64_at(bytes, 40)?,
+            dx: u64_at(bytes, 48)?,
+            r10: u64_at(bytes, 56)?,
+        }))
     }
 }
 

@@ -123,13 +123,14 @@ impl Recipe {
     /// Reads what [`Recipe::encode`] wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         let mut r = Reader::versioned(FORMAT, bytes, VERSION)?;
-        let recipe = Self::read(&mut r)?;
+        let recipe = Self::read(&mut r, MAX_SEGMENTS)?;
         r.finish()?;
         Ok(recipe)
     }
 
-    pub(crate) fn read(r: &mut Reader<'_>) -> Result<Self, FormatError> {
-        let n = r.count(MAX_SEGMENTS, 2)?;
+    /// Reads a recipe of at most `max` segments.
+    pub(crate) fn read(r: &mut Reader<'_>, max: usize) -> Result<Self, FormatError> {
+        let n = r.count(max, 2)?;
         let mut segments = Vec::with_capacity(n);
         let mut last: Option<ChunkName> = None;
         let mut total = 0u64;

@@ -273,13 +273,7 @@ impl Entry {
                 let link_group = r.option(|r| Ok(u64::from_le_bytes(r.array()?)))?;
                 let content = match tag {
                     0 => Content::Inline(r.bytes(MAX_INLINE)?.to_vec()),
-                    1 => {
-                        let recipe = Recipe::read(r)?;
-                        if recipe.segments.len() > MAX_INLINE_SEGMENTS {
-                            return Err(r.invalid("a recipe in a node is over its bound"));
-                        }
-                        Content::Recipe(recipe)
-                    }
+                    1 => Content::Recipe(Recipe::read(r, MAX_INLINE_SEGMENTS)?),
                     _ => {
                         let len = r.varint()?;
                         if len > i64::MAX as u64 {

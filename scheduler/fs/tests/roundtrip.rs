@@ -559,3 +559,60 @@ fn a_destination_passes_nothing_on() {
     materialise(captured.tree, &dest, &mut chunks, RestoreOptions::default()).unwrap();
     verify(&dest, &key(), TreeKind::Upper, captured.tree).unwrap();
 }
+
+/// Changes a file while it is read: a chunk of it is taken in the middle.
+struct Meddles<'a>(&'a Path, bool);
+
+impl ChunkSink for Meddles<'_> {
+    fn chunk(&mut self, _: ChunkName, _: &[u8]) -> Result<(), tidepool_fs::SinkError> {
+        if std::mem::take(&mut self.1) {
+            let file = std::fs::File::options().write(true).open(self.0).unwrap();
+            file.write_all_at(b"changed", 5_000_000).unwrap();
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_read_is_an_error() {
+    let scratch = Scratch::new("meddle");
+    let root = scratch.dir("from");
+    let file = root.join("file");
+    std::fs::write(&file, noise(1, 6_000_000)).unwrap();
+    let opts = CaptureOptions::default();
+    match full(&root, &key(), opts, None, &mut Meddles(&file, true)) {
+        Err(CaptureError::Changed { path }) => assert_eq!(path, "file"),
+        other => panic!("{other:?}"),
+    }
+    full(&root, &key(), opts, None, &mut Meddles(&file, false)).unwrap();
+}
+
+#[test]
+fn a_full_disk_is_named() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    let scratch = Scratch::new("full");
+    let root = scratch.dir("from");
+    std::fs::create_dir(root.join("dir")).unwrap();
+    std::fs::write(root.join("dir/large"), noise(1, 4 << 20)).unwrap();
+    let mut chunks = Chunks::default();
+    let captured = capture_all(&root, None, &mut chunks);
+    struct Mounted(std::path::PathBuf);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            unmount(&self.0, UnmountFlags::DETACH).unwrap();
+        }
+    }
+    let small = Mounted(scratch.dir("small"));
+    let size = Some(c"size=1m");
+    mount("tmpfs", &small.0, "tmpfs", MountFlags::empty(), size).unwrap();
+    let dest = small.0.join("to");
+    let e = materialise(captured.tree, &dest, &mut chunks, RestoreOptions::default());
+    match e.unwrap_err() {
+        RestoreError::Io { path, source, .. } => {
+            assert_eq!(path, "dir/large");
+            assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        }
+        other => panic!("{other:?}"),
+    }
+    remove_tree(&dest).unwrap();
+}

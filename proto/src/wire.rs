@@ -404,6 +404,9 @@ pub mod response {
         /// Where the next page begins; empty where this is the last.
         #[prost(bytes = "bytes", tag = "2")]
         pub next: Bytes,
+        /// How many were left out because their records are damaged.
+        #[prost(uint32, tag = "3")]
+        pub damaged: u32,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -425,6 +428,9 @@ pub mod response {
         /// More follows the last of these.
         #[prost(bool, tag = "2")]
         pub more: bool,
+        /// How many were left out because they are damaged.
+        #[prost(uint32, tag = "3")]
+        pub damaged: u32,
     }
 }
 

@@ -51,6 +51,9 @@ impl From<rocksdb::Error> for DbError {
     }
 }
 
+/// A value met in a scan, or that it is damaged: the scan goes on if its caller wants it to.
+pub type Value = Result<Vec<u8>, DbError>;
+
 /// The node's database. Clones share it.
 #[derive(Clone)]
 pub struct Db {
@@ -88,7 +91,8 @@ impl Db {
         bodies.set_enable_blob_files(true);
         bodies.set_min_blob_size(512);
         bodies.set_blob_file_size(256 << 20);
-        bodies.set_enable_blob_gc(true);
+        // Bodies never change: until something is deleted, moving them in compactions only writes them again.
+        bodies.set_enable_blob_gc(false);
         bodies.set_write_buffer_size(64 << 20);
         bodies.set_level_zero_slowdown_writes_trigger(40);
         bodies.set_level_zero_stop_writes_trigger(64);
@@ -176,7 +180,7 @@ impl Db {
         group: u32,
         prefix: &[u8],
         from: &[u8],
-        mut each: impl FnMut(&[u8], Vec<u8>) -> bool,
+        mut each: impl FnMut(&[u8], Value) -> bool,
     ) -> Result<(), DbError> {
         let (prefix, from) = (group_key(group, prefix), group_key(group, from));
         self.scan(STATE, &prefix, &from, |key, value| each(&key[4..], value))
@@ -186,7 +190,7 @@ impl Db {
     pub fn scan_raft(
         &self,
         prefix: &[u8],
-        each: impl FnMut(&[u8], Vec<u8>) -> bool,
+        each: impl FnMut(&[u8], Value) -> bool,
     ) -> Result<(), DbError> {
         self.scan(RAFT, prefix, prefix, each)
     }
@@ -196,7 +200,7 @@ impl Db {
         family: &str,
         prefix: &[u8],
         from: &[u8],
-        mut each: impl FnMut(&[u8], Vec<u8>) -> bool,
+        mut each: impl FnMut(&[u8], Value) -> bool,
     ) -> Result<(), DbError> {
         let family = self.family(family)?;
         let mut options = ReadOptions::default();
@@ -210,8 +214,7 @@ impl Db {
             if !key.starts_with(prefix) {
                 break;
             }
-            let value = unseal(&key, value.into_vec())?;
-            if !each(&key, value) {
+            if !each(&key, unseal(&key, value.into_vec())) {
                 break;
             }
         }

@@ -153,7 +153,11 @@ impl Driver {
             .spawn(move || {
                 if let Err(e) = driver.run() {
                     tracing::error!(error = %e, "the node stops: a write failed or its data is damaged");
-                    failed.send_replace(Some(e.to_string()));
+                    let why = match e {
+                        StoreError::Stopped(why) => why,
+                        other => other.to_string(),
+                    };
+                    failed.send_replace(Some(why));
                 }
             })?;
         Ok((Handle { inputs: tx }, thread))
@@ -308,7 +312,6 @@ impl Driver {
                         if let Err(refusal) = &outcome.result
                             && refusal.kind == ErrorKind::Corruption
                         {
-                            self.counters.corruption();
                             tracing::error!(group = number, index, %refusal, "a damaged record");
                             // One that has followers must not go its own way: they would apply this.
                             if !group.is_alone() {

@@ -97,20 +97,18 @@ pub(crate) fn load(db: &Db, group: u32) -> Result<Option<LoadedLog>, StoreError>
     let mut entries = Vec::new();
     let mut bad = None;
     db.scan_raft(&key(group, ENTRY), |_, value| {
-        match Entry::decode(&*value) {
-            Ok(entry) => {
-                entries.push(entry);
-                true
-            }
-            Err(e) => {
-                bad = Some(e);
-                false
-            }
+        let entry = value
+            .map_err(|e| e.to_string())
+            .and_then(|v| Entry::decode(&*v).map_err(|e| e.to_string()));
+        match entry {
+            Ok(entry) => entries.push(entry),
+            Err(e) => bad = Some(e),
         }
+        bad.is_none()
     })
     .map_err(|e| StoreError::Damaged(format!("group {group}: {e}")))?;
-    if bad.is_some() {
-        return Err(damaged("a log entry"));
+    if let Some(e) = bad {
+        return Err(damaged(&format!("a log entry ({e})")));
     }
     Ok(Some(LoadedLog {
         hard,

@@ -253,7 +253,7 @@ fn make_groups(db: &Db, identity: &Identity, map: ShardMap) -> Result<(), StoreE
 
 fn listen(cfg: &NodeConfig, pki: &Pki) -> Result<(Endpoint, SocketAddr), StoreError> {
     let network = |e: std::io::Error| StoreError::Network(format!("{}: {e}", cfg.listen));
-    let socket = std::net::UdpSocket::bind(cfg.listen).map_err(network)?;
+    let socket = transport::socket(cfg.listen).map_err(network)?;
     let loopback = cfg.listen.ip().is_loopback();
     let endpoint = Endpoint::new(
         transport::endpoint(),

@@ -11,6 +11,7 @@ use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream};
 use tidepool_proto::ErrorKind;
 use tidepool_proto::wire::{self, MAX_FRAME, Request, Response, WireError, response};
 use tidepool_store_client::frame::{self, FrameError};
+use tidepool_store_client::transport;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -21,6 +22,8 @@ const MAX_CONNECTIONS: usize = 1024;
 /// Requests being read or worked on, in bytes: 128 MiB, in units of [`UNIT`].
 const TAKEN: usize = 128 << 20;
 const UNIT: usize = 4096;
+/// Long answers at once, of a little more than [`wire::ANSWER_BYTES`] each.
+const LONG: usize = 32;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The longest a frame may take to arrive or to be taken.
 const FRAME: Duration = Duration::from_secs(60);
@@ -28,12 +31,15 @@ const FRAME: Duration = Duration::from_secs(60);
 /// What all connections share.
 struct Limits {
     taken: Semaphore,
+    /// Answers that may be long, from their making until they are sent.
+    long: Semaphore,
 }
 
 /// Serves until the endpoint is closed.
 pub(crate) async fn run(endpoint: Endpoint, shared: Arc<Shared>) {
     let limits = Arc::new(Limits {
         taken: Semaphore::new(TAKEN / UNIT),
+        long: Semaphore::new(LONG),
     });
     let mut connections = JoinSet::new();
     while let Some(incoming) = endpoint.accept().await {
@@ -87,9 +93,15 @@ async fn request(
     limits: Arc<Limits>,
 ) {
     let peer = connection.remote_address();
+    let mut _long = None;
     let answer = match timeout(FRAME, take(&mut recv, &limits)).await {
         Ok(Ok((bytes, _taken))) => match wire::decode::<Request>(bytes) {
-            Ok(request) => requests::answer(&shared, request).await,
+            Ok(request) => {
+                if requests::is_long(&request) {
+                    _long = limits.long.acquire().await.ok();
+                }
+                requests::answer(&shared, request).await
+            }
             Err(e) => bad(&shared, peer, &e),
         },
         Ok(Err(FrameError::Wire(e))) => bad(&shared, peer, &e),
@@ -110,6 +122,7 @@ async fn request(
         wire::frame(&error(ErrorKind::Failed, e.to_string(), false))
     });
     let Ok(frame) = frame else { return };
+    let _ = send.set_priority(transport::priority(frame.len()));
     if let Ok(Err(e)) = timeout(FRAME, send.write_chunk(frame)).await {
         tracing::debug!(%peer, error = %e, "an answer was not taken");
     }

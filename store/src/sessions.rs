@@ -47,7 +47,8 @@ fn find(shared: &Shared, group: u32) -> Result<Vec<u8>, crate::requests::Failure
     shared
         .db
         .scan_state(group, &prefix, &prefix, |key, value| {
-            if SessionState::decode(&value).is_ok_and(|s| s.expires_ms <= now) {
+            let over = |v: Vec<u8>| SessionState::decode(&v).is_ok_and(|s| s.expires_ms <= now);
+            if value.is_ok_and(over) {
                 out.extend_from_slice(&key[1..]);
             }
             out.len() < AT_ONCE * 16

@@ -103,6 +103,8 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
     assert_eq!(e.kind(), ErrorKind::Unavailable, "{e}");
     assert!(e.to_string().contains("full"), "{e}");
     assert!(stored.len() > 200, "{} MiB stored", stored.len());
+    // It refused what would not have fit; now nothing fits.
+    fs::write(disk.0.join("others"), vec![1; 8 << 20]).unwrap();
     assert!(c.status().await.unwrap().full);
     let e = c.commit(commit(id, Epoch(1), 2)).await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Unavailable);

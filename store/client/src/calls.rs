@@ -129,7 +129,7 @@ impl Client {
         }
     }
 
-    /// Every sandbox.
+    /// Every sandbox whose record is not damaged; those that are, are logged and left out.
     pub async fn sandboxes(&self) -> Result<Vec<SandboxRecord>, ClientError> {
         let mut out = Vec::new();
         let mut after = Bytes::new();
@@ -139,6 +139,7 @@ impl Client {
                 response::Op::Sandboxes(page) => page,
                 _ => return Err(ClientError::unexpected()),
             };
+            report(page.damaged);
             for item in page.items {
                 out.push(sandbox_record(item)?);
             }
@@ -186,7 +187,7 @@ impl Client {
         verified(checkpoint, bytes)
     }
 
-    /// Every manifest of a sandbox, by the turn that committed it.
+    /// Every manifest of a sandbox that is not damaged, by the turn that committed it.
     pub async fn manifests(
         &self,
         sandbox: SandboxId,
@@ -275,7 +276,7 @@ impl Client {
         Ok(found(self.record(op).await)?.map(|b| b.to_vec()))
     }
 
-    /// Every image's name and record, by name.
+    /// Every image's name and record, by name; damaged ones are logged and left out.
     pub async fn images(&self) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
         let mut out = Vec::new();
         let mut after = Bytes::new();
@@ -332,9 +333,19 @@ impl Client {
 
     async fn records(&self, op: request::Op) -> Result<response::Records, ClientError> {
         match self.link.call(op).await? {
-            response::Op::Records(page) => Ok(page),
+            response::Op::Records(page) => {
+                report(page.damaged);
+                Ok(page)
+            }
             _ => Err(ClientError::unexpected()),
         }
+    }
+}
+
+/// Lists leave out what is damaged; asking for it by its id or name fails as corruption.
+fn report(damaged: u32) {
+    if damaged > 0 {
+        tracing::error!(damaged, "the store left damaged records out of a list");
     }
 }
 

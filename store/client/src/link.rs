@@ -3,7 +3,7 @@
 //! Sending again is always safe: every request is idempotent. Errors that will not go away (a refused certificate, a wrong
 //! request, a full disk) end the call at once.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ impl Link {
         };
         let failed =
             |e: std::io::Error| ClientError::new(ErrorKind::Failed, format!("UDP socket: {e}"));
-        let socket = UdpSocket::bind(any).map_err(failed)?;
+        let socket = transport::socket(any).map_err(failed)?;
         let endpoint = Endpoint::new(transport::endpoint(), None, socket, Arc::new(TokioRuntime))
             .map_err(failed)?;
         let tls = tls(&cfg).map_err(invalid)?;
@@ -178,6 +178,7 @@ async fn exchange(connection: &Connection, frame: Bytes) -> Result<response::Op,
         .open_bi()
         .await
         .map_err(|e| connection_failed(&e))?;
+    let _ = send.set_priority(transport::priority(frame.len()));
     // The node may answer (and stop reading) before it has read all: its answer is what counts.
     let sent = send.write_chunk(frame).await;
     let _ = send.finish();

@@ -2,8 +2,12 @@
 //!
 //! Datagrams of 6000 bytes with segmentation offload cost less than half the CPU of standard ones where the path carries
 //! them; more than 8 KiB misbehaves with offload. Discovery finds out; loopback needs none.
+//!
+//! The window of a connection is larger than those of all its streams together: streams that a node lets wait for want of memory
+//! cannot keep the bytes of those it is reading from arriving.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +16,13 @@ use quinn::{EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
 const MTU: u16 = 6000;
 /// The most streams a peer may have open on one connection.
 pub const MAX_STREAMS: u32 = 64;
+
+const STREAM_WINDOW: u32 = 512 << 10;
+const CONNECTION_WINDOW: u32 = (MAX_STREAMS + 16) * STREAM_WINDOW;
+/// Messages longer than this are bulk: they go after short ones.
+pub const SHORT: usize = 64 << 10;
+/// What is asked of the kernel for each direction of a socket.
+const SOCKET_BUFFER: usize = 4 << 20;
 
 /// Settings of a connection; `loopback` where the path is known to carry large datagrams.
 pub fn connection(loopback: bool) -> Arc<TransportConfig> {
@@ -24,8 +35,8 @@ pub fn connection(loopback: bool) -> Arc<TransportConfig> {
         .max_concurrent_bidi_streams(VarInt::from_u32(MAX_STREAMS))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
-        .stream_receive_window(VarInt::from_u32(8 << 20))
-        .receive_window(VarInt::from_u32(32 << 20))
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
+        .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
         .send_window(32 << 20)
         .keep_alive_interval(Some(Duration::from_secs(3)))
         .max_idle_timeout(Some(VarInt::from_u32(15_000).into()));
@@ -41,6 +52,22 @@ pub fn endpoint() -> EndpointConfig {
     // The bound is between 1200 and 65527.
     let _ = config.max_udp_payload_size(MTU);
     config
+}
+
+/// A UDP socket with room for bursts, as much as the kernel grants.
+pub fn socket(addr: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(addr)?;
+    // Only a wish: an unprivileged process gets what the system allows.
+    if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER).is_err() {
+        let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER);
+    }
+    let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER);
+    Ok(socket)
+}
+
+/// How urgent a message of `len` bytes is, as a stream's priority.
+pub fn priority(len: usize) -> i32 {
+    if len > SHORT { -1 } else { 0 }
 }
 
 /// Whether all of these are on this machine.

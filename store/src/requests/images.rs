@@ -8,6 +8,7 @@ use tidepool_proto::wire::{ANSWER_BYTES, MAX_RECORD_NAME, WireError, request, re
 use tidepool_store_core::{META_GROUP, keys, op};
 
 use super::{Answer, Failure, Shared, done};
+use crate::db::Value;
 
 pub(super) async fn put(shared: &Arc<Shared>, r: request::PutImage) -> Answer {
     shared.write(META_GROUP, op::Op::PutImage(r)).await?;
@@ -45,25 +46,26 @@ pub(super) async fn list(shared: &Arc<Shared>, r: request::After) -> Answer {
             from.extend_from_slice(&r.after);
             let mut page = response::Records::default();
             let mut bytes = 0;
-            shared
-                .db
-                .scan_state(META_GROUP, &prefix, &from, |key, value| {
-                    let name = &key[1..];
-                    if !r.after.is_empty() && name == r.after {
-                        return true;
-                    }
-                    if bytes >= ANSWER_BYTES {
-                        page.more = true;
-                        return false;
-                    }
+            let scan = |key: &[u8], value: Value| {
+                let name = &key[1..];
+                if !r.after.is_empty() && name == r.after {
+                    return true;
+                }
+                if bytes >= ANSWER_BYTES {
+                    page.more = true;
+                    return false;
+                }
+                if let Some(value) = shared.whole(value, &mut page.damaged) {
                     bytes += value.len() + name.len();
                     page.items.push(response::Record {
                         turn: 0,
                         key: Bytes::copy_from_slice(name),
                         bytes: value.into(),
                     });
-                    true
-                })?;
+                }
+                true
+            };
+            shared.db.scan_state(META_GROUP, &prefix, &from, scan)?;
             Ok(response::Op::Records(page))
         })
         .await

@@ -155,6 +155,14 @@ async fn dispatch(shared: &Arc<Shared>, request: Request) -> Answer {
     }
 }
 
+/// Whether the answer may be long.
+pub(crate) fn is_long(request: &Request) -> bool {
+    matches!(
+        request.op,
+        Some(Op::Get(_) | Op::Sandboxes(_) | Op::Manifests(_) | Op::Turns(_) | Op::Images(_))
+    )
+}
+
 fn sandbox_id(bytes: &Bytes) -> Result<SandboxId, WireError> {
     Ok(SandboxId(tidepool_proto::wire::array(
         bytes,
@@ -207,6 +215,18 @@ impl Shared {
             }
         }
         stats
+    }
+
+    /// An item of a list, if it is whole. A damaged one is left out, counted and reported: it must not hide all others, and
+    /// asking for it by its own key says what is wrong.
+    fn whole<T, E: Into<Failure>>(&self, item: Result<T, E>, damaged: &mut u32) -> Option<T> {
+        item.map_err(|e| {
+            let failure: Failure = e.into();
+            *damaged += 1;
+            self.counters.corruption();
+            tracing::error!(error = %failure.text, "a damaged record was left out of a list");
+        })
+        .ok()
     }
 
     /// Runs something that reads the disk where it holds nobody up.

@@ -10,6 +10,7 @@ use tidepool_store_core::keys::{self, Table};
 use tidepool_store_core::{META_GROUP, Reply, SandboxState, decode_manifest, decode_number, op};
 
 use super::{Answer, Failure, Shared, done, sandbox_id};
+use crate::db::Value;
 
 /// How often a name may change hands under a creator before it gives up.
 const NAME_ROUNDS: usize = 8;
@@ -135,7 +136,7 @@ pub(super) async fn list(shared: &Arc<Shared>, r: request::After) -> Answer {
         .read(group, move |shared| {
             let mut page = response::Sandboxes::default();
             let (mut bytes, mut last, mut more) = (0, None, false);
-            let mut states: Vec<(SandboxId, Vec<u8>)> = Vec::new();
+            let mut states: Vec<(SandboxId, Value)> = Vec::new();
             let prefix = keys::table(Table::Sandbox);
             let from = after.map_or(prefix.clone(), |id| keys::sandbox(&id));
             shared.db.scan_state(group, &prefix, &from, |key, value| {
@@ -156,10 +157,14 @@ pub(super) async fn list(shared: &Arc<Shared>, r: request::After) -> Answer {
                     more = true;
                     break;
                 }
-                let item = load(shared, group, id, &state)?;
-                bytes += item.meta.len() + state.len();
                 last = Some(id);
-                page.items.push(item);
+                let item = state
+                    .map_err(Failure::from)
+                    .and_then(|state| load(shared, group, id, &state));
+                if let Some(item) = shared.whole(item, &mut page.damaged) {
+                    bytes += item.meta.len() + item.name.len() + 64;
+                    page.items.push(item);
+                }
             }
             let mut next = BytesMut::new();
             if let (true, Some(last)) = (more, last) {
@@ -245,24 +250,21 @@ async fn by_turn(
             let mut from = prefix.clone();
             from.extend_from_slice(&r.from.to_be_bytes());
             let mut page = response::Records::default();
-            let (mut bytes, mut failure) = (0, None);
+            let mut bytes = 0;
             shared.db.scan_state(group, &prefix, &from, |key, value| {
                 if bytes >= ANSWER_BYTES || page.items.len() >= r.limit as usize {
                     page.more = true;
                     return false;
                 }
-                bytes += value.len() + 64;
                 let turn = keys::turn_of(key).map_or(0, |t| t.0);
-                match item(turn, value) {
-                    Ok(record) => page.items.push(record),
-                    Err(e) => failure = Some(e),
+                let record = value.map_err(Failure::from).and_then(|v| item(turn, v));
+                if let Some(record) = shared.whole(record, &mut page.damaged) {
+                    bytes += record.bytes.len() + 64;
+                    page.items.push(record);
                 }
-                failure.is_none()
+                true
             })?;
-            match failure {
-                Some(e) => Err(e),
-                None => Ok(response::Op::Records(page)),
-            }
+            Ok(response::Op::Records(page))
         })
         .await
 }

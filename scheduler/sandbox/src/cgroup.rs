@@ -107,6 +107,23 @@ impl Hierarchies {
         Ok(())
     }
 
+    /// Shell commands that freeze a cgroup from inside it: whoever runs them, and its parent, leave first.
+    pub(crate) fn freeze_commands(&self, cgroup: &str) -> Result<String> {
+        let freezer = self.freezer(cgroup)?;
+        let (file, text) = freezer.request(true);
+        let root = match &freezer {
+            Freezer::V1(_) => self.freezer_v1.as_ref(),
+            Freezer::V2(_) => self.v2.as_ref(),
+        };
+        // The top is the one place of version 2 that may hold processes beside other cgroups.
+        let top = root.map(|r| r.join("cgroup.procs")).unwrap_or_default();
+        let top = top.display();
+        Ok(format!(
+            "echo $PPID > '{top}' || exit 1\necho $$ > '{top}' || exit 1\necho {text} > '{}'",
+            file.display()
+        ))
+    }
+
     /// Whether a cgroup is frozen; one that does not exist is not.
     pub(crate) fn is_frozen(&self, cgroup: &str) -> Result<bool> {
         let freezer = self.freezer(cgroup)?;
@@ -124,6 +141,13 @@ impl Hierarchies {
         pids.sort_unstable();
         pids.dedup();
         Ok(pids)
+    }
+
+    /// Removes a group that holds nothing any more; one that does is left.
+    pub(crate) fn remove_if_empty(&self, cgroup: &str) {
+        for dir in self.existing(cgroup) {
+            let _ = fs::remove_dir(dir);
+        }
     }
 
     /// Kills what is left in a cgroup and removes it everywhere.
@@ -170,14 +194,19 @@ impl Freezer {
         }
     }
 
-    fn set(&self, frozen: bool) -> Result<()> {
-        let (file, text) = match self {
+    /// What to write where.
+    fn request(&self, frozen: bool) -> (PathBuf, &'static str) {
+        match self {
             Self::V1(d) => (
                 d.join("freezer.state"),
                 if frozen { "FROZEN" } else { "THAWED" },
             ),
             Self::V2(d) => (d.join("cgroup.freeze"), if frozen { "1" } else { "0" }),
-        };
+        }
+    }
+
+    fn set(&self, frozen: bool) -> Result<()> {
+        let (file, text) = self.request(frozen);
         fs::write(&file, text).context(|| format!("cannot write {text} to {}", file.display()))
     }
 

@@ -6,10 +6,13 @@
 use crate::config::{Layers, SandboxName, SandboxSpec};
 use crate::criulog::{self, Reason};
 use crate::error::{Context, Result, SandboxError, blocking};
+use crate::locks::{self, Lock};
 use crate::record::{Record, write_whole};
 use crate::runtime::{Created, Runtime, State, created_from};
+use crate::tracing_stop::Stopped;
 use crate::{remaps, watches};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -66,44 +69,13 @@ impl Runtime {
         }
         let was_frozen = self.groups.is_frozen(&record.cgroup)?;
         fs::create_dir_all(images).context(|| format!("cannot make {}", images.display()))?;
-        let dir = self.records.dir(name);
-        let (work, log) = (dir.join("dump"), dir.join("checkpoint.log"));
-        fresh_dir(&work)?;
-        let _ = fs::remove_file(&log);
-        self.prepare_dump(&record, &work.join(DUMP_LOG)).await?;
-        let mut command = self.runc(Some(&log));
-        command
-            .arg("checkpoint")
-            .arg("--leave-running")
-            .arg("--image-path")
-            .arg(images);
-        command
-            .arg("--work-path")
-            .arg(&work)
-            .arg("--file-locks")
-            .arg(name.as_str());
         let started = Instant::now();
-        let result = self
-            .runc_ok(
-                "the OCI runtime's checkpoint",
-                &mut command,
-                &log,
-                record.criu_timeout,
-            )
-            .await;
+        // Frozen from the first look at the processes to the last at their files; and CRIU is quicker then.
+        self.set_frozen(name, true).await?;
+        let result = self.dump_frozen(&record, images).await;
+        self.set_frozen(name, was_frozen).await?;
+        result?;
         let took = started.elapsed();
-        // CRIU thaws what it froze; make sure that the sandbox is as it was, whatever happened.
-        let (this, after) = (self.clone(), record.clone());
-        blocking(move || {
-            this.groups
-                .set_frozen(after.name.as_str(), &after.cgroup, was_frozen)
-        })
-        .await?;
-        if let Err(e) = result {
-            let Reason { reason, log } = reason(e, &work.join(DUMP_LOG))?;
-            return Err(SandboxError::Dump { reason, log });
-        }
-        remaps::collect(&record.layers, images)?;
         let (image_bytes, image_files) = sizes(images)?;
         Ok(CheckpointStats {
             took,
@@ -112,12 +84,41 @@ impl Runtime {
         })
     }
 
-    /// Looks at the processes and writes what CRIU has to know of them.
-    async fn prepare_dump(&self, record: &Record, dump_log: &Path) -> Result<()> {
+    async fn dump_frozen(&self, record: &Record, images: &Path) -> Result<()> {
+        let dir = self.records.dir(&record.name);
+        let (work, log) = (dir.join("dump"), dir.join("checkpoint.log"));
+        fresh_dir(&work)?;
+        let _ = fs::remove_file(&log);
+        self.prepare_dump(record, &work.join(DUMP_LOG), images)
+            .await?;
+        let mut command = self.runc(Some(&log));
+        command
+            .args(["checkpoint", "--leave-running", "--file-locks"])
+            .arg("--image-path")
+            .arg(images)
+            .arg("--work-path")
+            .arg(&work)
+            .arg(record.name.as_str());
+        let what = "the OCI runtime's checkpoint";
+        let result = self
+            .runc_ok(what, &mut command, &log, record.criu_timeout)
+            .await;
+        if let Err(e) = result {
+            let Reason { reason, log } = reason(e, &work.join(DUMP_LOG))?;
+            return Err(SandboxError::Dump { reason, log });
+        }
+        let (layers, images) = (record.layers.clone(), images.to_owned());
+        blocking(move || remaps::collect(&layers, &images)).await
+    }
+
+    /// Looks at the processes and writes what CRIU has to know of them, and what it forgets.
+    async fn prepare_dump(&self, record: &Record, dump_log: &Path, images: &Path) -> Result<()> {
         let (this, record, dump_log) = (self.clone(), record.clone(), dump_log.to_owned());
+        let images = images.to_owned();
         blocking(move || {
             let dir = this.records.dir(&record.name);
             let pids = this.groups.processes(&record.cgroup)?;
+            locks::save(&locks::all(&pids), &images)?;
             let mut config = CRIU_CONFIG.to_owned();
             for path in watches::examine(&pids, &record.layers.merged)? {
                 config.push_str(&format!("irmap-scan-path {}\n", path.display()));
@@ -165,36 +166,68 @@ impl Runtime {
         );
         fresh_dir(&work)?;
         remaps::restore(&record.layers.merged, images)?;
+        let wanted = locks::load(images)?;
+        if !wanted.is_empty() {
+            // Nothing may run before the locks have been looked at.
+            let script = dir.join("at-restore.sh");
+            // CRIU restores from inside the sandbox's cgroup.
+            let freeze = self.groups.freeze_commands(&record.cgroup)?;
+            let text = format!(
+                "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = pre-resume ] || exit 0\n{freeze}\n"
+            );
+            write_whole(&script, text.as_bytes())?;
+            fs::set_permissions(&script, fs::Permissions::from_mode(0o700))
+                .context(|| format!("{}", script.display()))?;
+            let config = format!("{CRIU_CONFIG}action-script {}\n", script.display());
+            write_whole(&dir.join("criu.conf"), config.as_bytes())?;
+        }
         let mut command = self.runc(Some(&log));
         command
-            .arg("restore")
-            .arg("--detach")
-            .arg("--file-locks")
-            .arg("--bundle")
-            .arg(&dir);
-        command
+            .args(["restore", "--detach", "--file-locks", "--bundle"])
+            .arg(&dir)
             .arg("--image-path")
             .arg(images)
             .arg("--work-path")
-            .arg(&work);
-        command
+            .arg(&work)
             .arg("--pid-file")
             .arg(&pid_file)
             .arg(record.name.as_str());
-        match self
-            .runc_ok(
-                "the OCI runtime's restore",
-                &mut command,
-                &log,
-                record.criu_timeout,
-            )
-            .await
-        {
-            Ok(()) => created_from(&pid_file),
-            Err(e) => {
-                let Reason { reason, log } = reason(e, &work.join(RESTORE_LOG))?;
-                Err(SandboxError::Restore { reason, log })
-            }
+        let what = "the OCI runtime's restore";
+        let result = self
+            .runc_ok(what, &mut command, &log, record.criu_timeout)
+            .await;
+        if let Err(e) = result {
+            let Reason { reason, log } = reason(e, &work.join(RESTORE_LOG))?;
+            return Err(SandboxError::Restore { reason, log });
+        }
+        if !wanted.is_empty() {
+            let (this, record) = (self.clone(), record.clone());
+            blocking(move || this.take_locks(&record, &wanted)).await?;
+        }
+        created_from(&pid_file)
+    }
+
+    /// Gives restored and frozen processes the file locks they miss, and lets them go.
+    fn take_locks(&self, record: &Record, wanted: &[Lock]) -> Result<()> {
+        let freeze = |frozen| {
+            self.groups
+                .set_frozen(record.name.as_str(), &record.cgroup, frozen)
+        };
+        freeze(true)?;
+        let pids = self.groups.processes(&record.cgroup)?;
+        let missing = locks::missing(wanted, &pids)?;
+        if missing.is_empty() {
+            return freeze(false);
+        }
+        let stopped = Stopped::take(&pids, || freeze(false))?;
+        for (pid, lock) in &missing {
+            stopped.take_lock(*pid, lock)?;
+        }
+        match locks::missing(wanted, &pids)?.first() {
+            None => Ok(()),
+            Some((pid, lock)) => Err(locks::failed(format!(
+                "process with host pid {pid} did not get its file lock back: {lock:?}"
+            ))),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::error::{Result, SandboxError, blocking};
 use crate::runtime::{RUNC_TIME, Runtime};
 use crate::{mounts, nat, netns};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 impl Runtime {
@@ -66,7 +66,14 @@ impl Runtime {
 /// Processes leave their cgroup a moment before they are gone. One that its parent does not reap is not waited for.
 fn wait_gone(pids: &[i32]) {
     let until = Instant::now() + Duration::from_secs(2);
-    let there = |pid: &i32| Path::new("/proc").join(pid.to_string()).exists();
+    // A zombie holds nothing any more; when it is reaped is its parent's business.
+    let there = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        !matches!(state, None | Some('Z' | 'X'))
+    };
     while pids.iter().any(there) && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(2));
     }

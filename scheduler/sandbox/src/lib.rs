@@ -19,6 +19,7 @@ mod criulog;
 mod destroy;
 mod error;
 mod inspect;
+mod locks;
 mod mounts;
 mod nat;
 mod netns;
@@ -28,6 +29,7 @@ mod record;
 mod remaps;
 mod runtime;
 mod seccomp;
+mod tracing_stop;
 mod watches;
 
 pub use checkpoint::CheckpointStats;

@@ -308,6 +308,11 @@ impl Runtime {
         }
     }
 
+    /// Removes what this runtime made for all its sandboxes, where none of them is left.
+    pub fn close(&self) {
+        self.groups.remove_if_empty(&self.cfg.cgroup_parent);
+    }
+
     /// Freezes every process. Freezing what is frozen is fine.
     pub async fn pause(&self, name: &SandboxName) -> Result<()> {
         self.set_frozen(name, true).await
@@ -318,7 +323,7 @@ impl Runtime {
         self.set_frozen(name, false).await
     }
 
-    async fn set_frozen(&self, name: &SandboxName, frozen: bool) -> Result<()> {
+    pub(crate) async fn set_frozen(&self, name: &SandboxName, frozen: bool) -> Result<()> {
         let (this, name) = (self.clone(), name.clone());
         blocking(move || {
             let record = this.records.get(&name)?;

@@ -33,7 +33,7 @@ pub(crate) struct Lock {
     pub(crate) len: i64,
 }
 
-/// Reads a line like `lock:	1: POSIX  ADVISORY  READ 8 00:29:935 128 128`.
+/// Reads a line like `lock: 1: POSIX  ADVISORY  READ 8 00:29:935 128 128`, with a tab after the colon.
 fn parse(line: &str, pid: i32, fd: i32) -> Option<Lock> {
     let fields: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
     let &[_, "POSIX", _, kind, _, _, start, end] = fields.as_slice() else {

@@ -117,7 +117,8 @@ pub(crate) struct Driver {
     db: Db,
     groups: Vec<Group>,
     inputs: Receiver<Input>,
-    proposals: HashMap<u64, Answer<Reply>>,
+    /// By token: the group, and who waits.
+    proposals: HashMap<u64, (u32, Answer<Reply>)>,
     reads: HashMap<u64, Answer<()>>,
     next_token: u64,
     /// The last time given to a command: a clock that is set back does not show in the log.
@@ -213,7 +214,8 @@ impl Driver {
                 };
                 match group.propose(token, command.encode_to_vec()) {
                     Ok(()) => {
-                        self.proposals.insert(token, answer);
+                        let number = group.number();
+                        self.proposals.insert(token, (number, answer));
                     }
                     Err(_) => refuse(
                         answer,
@@ -269,6 +271,13 @@ impl Driver {
             self.apply_all()?;
         }
         for group in &mut self.groups {
+            if !group.is_leader() {
+                // Whether these are committed the next leader decides; sent again they do no harm.
+                let number = group.number();
+                for (_, (_, answer)) in self.proposals.extract_if(|_, (of, _)| *of == number) {
+                    refuse(answer, "the group's leader changed");
+                }
+            }
             let (done, lost) = group.reads();
             for token in done {
                 if let Some(answer) = self.reads.remove(&token) {
@@ -343,7 +352,7 @@ impl Driver {
             self.write(cuts.finish(), false)?;
         }
         for (token, result) in answers {
-            if let Some(answer) = self.proposals.remove(&token) {
+            if let Some((_, answer)) = self.proposals.remove(&token) {
                 let _ = answer.send(result.map_err(DriverError::from));
             }
         }

@@ -286,3 +286,26 @@ async fn images_and_lists_of_many() {
     assert_eq!(names.len(), 80);
     node.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_uploads_at_once_than_there_is_memory_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(dir.path()).await;
+    let clients = [client(&node).await, client(&node).await];
+    let mut uploads = tokio::task::JoinSet::new();
+    for i in 0..48u64 {
+        let client = clients[i as usize % 2].clone();
+        uploads.spawn(async move {
+            let bodies: Vec<_> = (0..8).map(|n| chunk(i * 8 + n, 1_000_000)).collect();
+            let names: Vec<_> = bodies.iter().map(|(n, _)| *n).collect();
+            client.put(session(i as u8), bodies.clone()).await.unwrap();
+            let got = client.get(&names).await.unwrap();
+            assert!(got.iter().zip(&bodies).all(|(g, (_, b))| g == b));
+        });
+    }
+    while let Some(upload) = uploads.join_next().await {
+        upload.unwrap();
+    }
+    assert_eq!(node.stats().chunks, 48 * 8);
+    node.shutdown().await;
+}

@@ -318,3 +318,171 @@ fn raft_change(change: ConfChange) -> ConfChangeV2 {
         ..ConfChangeV2::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use raft::eraftpb::ConfState;
+
+    use super::*;
+
+    fn logger() -> slog::Logger {
+        slog::Logger::root(slog::Discard, slog::o!())
+    }
+
+    fn group(node: u64, voters: &[u64], run: u64, mut loaded: LoadedLog) -> Group {
+        loaded.conf = ConfState {
+            voters: voters.to_vec(),
+            ..ConfState::default()
+        };
+        let cfg = GroupConfig {
+            group: 1,
+            node,
+            run,
+        };
+        Group::new(cfg, loaded, &logger()).unwrap()
+    }
+
+    /// What a member keeps on its disk, and what it applied.
+    #[derive(Default)]
+    struct Disk {
+        log: LoadedLog,
+        applied: Vec<(Vec<u8>, Option<u64>)>,
+    }
+
+    /// Persists and applies what is ready, and gives the messages to send.
+    fn turn(group: &mut Group, disk: &mut Disk) -> Vec<Message> {
+        let mut out = Vec::new();
+        while let Some(persist) = group.ready() {
+            assert_eq!(group.propose(0, vec![1]), Err(NotNow));
+            if let Some(first) = persist.entries.first() {
+                disk.log.entries.retain(|e| e.index < first.index);
+            }
+            disk.log.entries.extend(persist.entries);
+            disk.log.hard = persist.hard.unwrap_or(disk.log.hard.clone());
+            out.extend(persist.messages);
+            out.extend(persist.messages_after);
+            for committed in group.persisted().unwrap() {
+                disk.log.applied = match committed {
+                    Committed::Command { index, data, token } => {
+                        disk.applied.push((data, token));
+                        index
+                    }
+                    Committed::Members { index, .. } | Committed::Empty { index } => index,
+                };
+            }
+            group.applied(disk.log.applied);
+        }
+        out
+    }
+
+    #[test]
+    fn a_sole_voter_leads_answers_and_comes_back() {
+        let mut disk = Disk::default();
+        let mut one = group(1, &[1], 7, LoadedLog::default());
+        assert!(!one.is_ready());
+        // A read that comes before the first commit of its term waits for it.
+        one.read(5).unwrap();
+        assert_eq!(one.reads(), (vec![], vec![]));
+        turn(&mut one, &mut disk);
+        assert!(one.is_ready() && one.is_alone());
+        assert_eq!(one.reads(), (vec![5], vec![]));
+        one.propose(1, b"a".to_vec()).unwrap();
+        one.propose(2, b"b".to_vec()).unwrap();
+        one.read(3).unwrap();
+        turn(&mut one, &mut disk);
+        assert_eq!(one.reads(), (vec![3], vec![]));
+        let wanted = [(b"a".to_vec(), Some(1)), (b"b".to_vec(), Some(2))];
+        assert_eq!(disk.applied, wanted);
+
+        // Another run does not take the old one's tokens for its own, and applies nothing twice.
+        one.propose(3, b"c".to_vec()).unwrap();
+        let persist = one.ready().unwrap();
+        disk.log.entries.extend(persist.entries);
+        drop(one);
+        let mut two = group(1, &[1], 8, disk.log.clone());
+        turn(&mut two, &mut disk);
+        assert!(two.is_ready());
+        assert_eq!(disk.applied[2..], [(b"c".to_vec(), None)]);
+    }
+
+    #[test]
+    fn a_long_log_is_cut_behind_what_is_applied() {
+        let mut disk = Disk::default();
+        let mut one = group(1, &[1], 7, LoadedLog::default());
+        turn(&mut one, &mut disk);
+        for token in 0..CUT_AT.0 as u64 {
+            one.propose(token, vec![0; 8]).unwrap();
+            turn(&mut one, &mut disk);
+        }
+        let (from, to, cut) = one.cut().unwrap();
+        assert_eq!((from, to - 1), (1, cut.0));
+        assert_eq!(cut.0, disk.log.applied - KEEP);
+        assert!(one.cut().is_none());
+        disk.log.entries.retain(|e| e.index >= to);
+        disk.log.cut = cut;
+        let mut two = group(1, &[1], 8, disk.log.clone());
+        turn(&mut two, &mut disk);
+        assert!(two.is_ready());
+    }
+
+    #[test]
+    fn three_voters_agree_through_a_change_of_leader() {
+        let voters = [1, 2, 3];
+        let mut groups: Vec<Group> = voters
+            .iter()
+            .map(|n| group(*n, &voters, *n, LoadedLog::default()))
+            .collect();
+        let mut disks: Vec<Disk> = voters.iter().map(|_| Disk::default()).collect();
+        // Everything reaches everyone but the one that is cut off.
+        let settle = |groups: &mut [Group], disks: &mut [Disk], off: Option<usize>| loop {
+            let mut mail = Vec::new();
+            for (i, group) in groups.iter_mut().enumerate() {
+                mail.extend(turn(group, &mut disks[i]).into_iter().map(|m| (i, m)));
+            }
+            if mail.is_empty() {
+                break;
+            }
+            for (from, message) in mail {
+                let to = message.to as usize - 1;
+                if Some(from) != off && Some(to) != off {
+                    groups[to].step(message).unwrap();
+                }
+            }
+        };
+        let elect = |groups: &mut [Group], disks: &mut [Disk], off: Option<usize>| {
+            for _ in 0..1000 {
+                groups.iter_mut().for_each(Group::tick);
+                settle(groups, disks, off);
+                let ready = |(i, g): (usize, &Group)| Some(i) != off && g.is_ready();
+                if let Some(leader) = groups.iter().enumerate().position(ready) {
+                    return leader;
+                }
+            }
+            panic!("nobody was elected");
+        };
+        let first = elect(&mut groups, &mut disks, None);
+        groups[first].propose(1, b"a".to_vec()).unwrap();
+        groups[first].read(9).unwrap();
+        settle(&mut groups, &mut disks, None);
+        assert_eq!(groups[first].reads(), (vec![9], vec![]));
+        // The leader is cut off with a proposal and a read that it cannot finish.
+        groups[first].propose(2, b"lost".to_vec()).unwrap();
+        groups[first].read(10).unwrap();
+        settle(&mut groups, &mut disks, Some(first));
+        assert_eq!(groups[first].reads(), (vec![], vec![]));
+        let second = elect(&mut groups, &mut disks, Some(first));
+        assert_ne!(first, second);
+        groups[second].propose(1, b"b".to_vec()).unwrap();
+        settle(&mut groups, &mut disks, Some(first));
+        for _ in 0..50 {
+            groups.iter_mut().for_each(Group::tick);
+            settle(&mut groups, &mut disks, None);
+        }
+        assert!(!groups[first].is_leader());
+        assert_eq!(groups[first].reads(), (vec![], vec![10]));
+        for disk in &disks {
+            let data: Vec<_> = disk.applied.iter().map(|(d, _)| d.as_slice()).collect();
+            assert_eq!(data, [b"a", b"b"]);
+        }
+    }
+}

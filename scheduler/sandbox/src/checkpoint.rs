@@ -244,9 +244,7 @@ fn reason(e: SandboxError, log: &Path) -> Result<Reason> {
 }
 
 fn fresh_dir(dir: &Path) -> Result<()> {
-    if dir.exists() {
-        fs::remove_dir_all(dir).context(|| format!("cannot empty {}", dir.display()))?;
-    }
+    crate::mounts::remove_tree(dir)?;
     fs::create_dir(dir).context(|| format!("cannot make {}", dir.display()))
 }
 

@@ -4,11 +4,11 @@ use crate::config::{Layers, Network};
 use crate::error::{Context, Result, SandboxError};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 /// Keeps overlayfs to plain directories, so that an upper can be read and written without knowing its mount: no
 /// redirects, no metadata-only copies, no index.
@@ -86,6 +86,31 @@ pub(crate) fn is_mounted(path: &Path) -> Result<bool> {
         let point = line.split(|b| *b == b' ').nth(4).unwrap_or_default();
         unescape(point) == path.as_os_str().as_bytes()
     }))
+}
+
+/// Removes a directory with all in it, unmounting first what is mounted below: a restore that was killed leaves mounts of the
+/// machine's own cgroups there, which must not be taken for files to remove.
+pub(crate) fn remove_tree(dir: &Path) -> Result<()> {
+    let what = || format!("cannot remove {}", dir.display());
+    let real = match fs::canonicalize(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.context(what)?,
+    };
+    let table =
+        fs::read("/proc/self/mountinfo").context(|| "cannot read the mount table".into())?;
+    let points = table
+        .split(|b| *b == b'\n')
+        .filter_map(|line| line.split(|b| *b == b' ').nth(4));
+    let mut below: Vec<PathBuf> = points
+        .map(|p| PathBuf::from(OsString::from_vec(unescape(p))))
+        .filter(|p| p.starts_with(&real))
+        .collect();
+    // What was mounted last comes off first.
+    while let Some(point) = below.pop() {
+        rustix::mount::unmount(&point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            .context(|| format!("cannot unmount {}", point.display()))?;
+    }
+    fs::remove_dir_all(dir).context(what)
 }
 
 /// Undoes the kernel's octal escapes (`\040` for a space).

@@ -138,12 +138,7 @@ impl Records {
     /// Removes what is kept of a sandbox.
     pub(crate) fn remove(&self, name: &SandboxName) -> Result<()> {
         for dir in [self.runc_root().join(name.as_str()), self.dir(name)] {
-            match fs::remove_dir_all(&dir) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(e).context(|| format!("cannot remove {}", dir.display()));
-                }
-                _ => {}
-            }
+            crate::mounts::remove_tree(&dir)?;
         }
         Ok(())
     }

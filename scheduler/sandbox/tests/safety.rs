@@ -367,7 +367,23 @@ async fn nothing_is_left_of_sandboxes_that_fail_or_are_killed() {
         .create(&name, &common::spec(), &layers, &KEY)
         .await
         .expect("created");
-    // Removed before it ever ran.
+    // Removed before it ever ran, and with mounts in its directory as a killed restore leaves them.
+    let stray = host
+        .dir
+        .path()
+        .join("run/sandboxes")
+        .join(name.as_str())
+        .join("restore/stray");
+    let precious = host.dir.path().join("precious");
+    fs::create_dir_all(&stray).expect("made");
+    fs::create_dir(&precious).expect("made");
+    fs::write(precious.join("file"), "of the host").expect("written");
+    common::sh(&format!(
+        "mount --bind {0} {1} && mount --bind {0} {1}",
+        precious.display(),
+        stray.display()
+    ));
     host.runtime.destroy(&name).await.expect("destroyed");
+    assert!(precious.join("file").exists());
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }

@@ -46,7 +46,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 65536); // set at load
 	__type(key, struct call_key);
 	__type(value, struct task_calls);
 } CALLS SEC(".maps");

@@ -39,6 +39,8 @@ pub struct InspectorOptions {
     pub event_bytes: u32,
     /// Process events that may wait in this process for one sandbox.
     pub max_process_events: u32,
+    /// Tasks of all sandboxes under a [`ThawWatch`] at a time together. More means that something ran. About 120 bytes of kernel memory each, when used.
+    pub max_watched_tasks: u32,
 }
 
 impl Default for InspectorOptions {
@@ -48,6 +50,7 @@ impl Default for InspectorOptions {
             max_sandboxes: 4096,
             event_bytes: 8 << 20,
             max_process_events: 131_072,
+            max_watched_tasks: 65_536,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! What a sandbox changed: dirtied inodes of its overlay upper, processes that came and went, tasks that ran.
+//! What a sandbox changed: dirtied inodes of its overlay upper, processes that came and went, tasks that ran, also across a dump
+//! and a thaw ([`ThawWatch`]).
 //!
 //! The scheduler asks at every turn boundary what a recovery from the last checkpoint would miss. The
 //! answer comes from eBPF programs (`bpf/`, C) that this crate compiles at build time, loads with aya and reads.

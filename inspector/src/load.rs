@@ -59,6 +59,7 @@ impl Hooks {
             .btf(Some(&btf))
             .map_max_entries("SANDBOXES", options.max_sandboxes.max(1))
             .map_max_entries("WATCHED", options.max_sandboxes.max(1))
+            .map_max_entries("CALLS", options.max_watched_tasks.max(1))
             .map_max_entries("DIRTY", options.max_dirty_inodes.max(1))
             .map_max_entries("EVENTS", ring_size(options.event_bytes))
             .load(OBJECT)

@@ -40,8 +40,13 @@
 //! - *`vfork`, job control, tracers*: the waiting parent is in disk sleep, which no dump gets past; a stop or a continuation is a delivered signal; a tracer has to enter calls.
 //! - *Timers*: one that fired before A left a delivered signal, a second call, or a second sleep.
 //! - *Page faults* that wait are disk sleep, or leave the thread outside of any call (`orig_ax` in A).
-//! - *Calls refused by seccomp* are not counted but have no effect, and the restart that has to come first is counted.
+//! - *Calls refused by seccomp* are not counted but have no effect, and the restart that has to come first is counted. (A supervisor outside of the sandbox that answers
+//!   calls in its stead is not foreseen.)
 //! - *32-bit code* has other numbers and always counts, as does every program on another architecture.
+//!
+//! # What this does not see
+//! State that changes while no thread wakes: what init or the host puts into a pipe or terminal that nobody reads, a connection that nobody accepts, a blocked signal. All of these come from
+//! outside of the sandbox and are known to whoever sent them; [`TaskTable::ran_since`] does not see them either.
 //!
 //! # Afterwards
 //! A is a reading of sleeping threads: whatever they do later moves their counters, so A is the baseline for the next [`TaskTable::ran_since`]. A timer that fires

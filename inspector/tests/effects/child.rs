@@ -143,10 +143,70 @@ fn command(cx: &mut Cx, line: &str) -> Result<()> {
             while rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default()))? == 0 {}
             Ok(())
         }
+        "wait" => wait_in_every_way(),
+        #[cfg(target_arch = "x86_64")]
+        "old-pause" => {
+            // SAFETY: the call of that number (pause) touches no memory.
+            std::thread::spawn(|| unsafe {
+                std::arch::asm!("int 0x80", inout("eax") 29 => _, options(nostack));
+            });
+            Ok(())
+        }
         "read" => read_everything(Path::new(".")),
         "nothing" => Ok(()),
         other => bail!("no such command: {other}"),
     }
+}
+
+/// Threads that wait for ever, each in another call.
+fn wait_in_every_way() -> Result<()> {
+    use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+    use std::io::Read;
+    const LONG: std::time::Duration = std::time::Duration::from_secs(1_000_000);
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let (mut reader, writer) = std::io::pipe()?;
+    let (quiet, other) = std::io::pipe()?;
+    let events = epoll::create(epoll::CreateFlags::empty())?;
+    let waits: Vec<Box<dyn FnOnce() + Send>> = vec![
+        Box::new(move || drop(listener.accept())),
+        Box::new(move || drop((reader.read(&mut [0]), writer))),
+        Box::new(|| std::thread::sleep(LONG)),
+        Box::new(std::thread::park),
+        Box::new(|| std::thread::park_timeout(LONG)),
+        Box::new(move || {
+            let mut fds = [PollFd::new(&quiet, PollFlags::IN)];
+            // SAFETY: one descriptor in an array of one, for as long as the call takes; it has no end.
+            unsafe { libc::poll(fds.as_mut_ptr().cast(), 1, -1) };
+            drop(other);
+        }),
+        Box::new(|| {
+            // SAFETY: no descriptors, so no memory.
+            unsafe { libc::poll(std::ptr::null_mut(), 0, 1_000_000_000) };
+        }),
+        Box::new(|| {
+            let limit = Timespec {
+                tv_sec: 1_000_000,
+                tv_nsec: 0,
+            };
+            let _ = poll(&mut [], Some(&limit));
+        }),
+        Box::new(move || {
+            let mut room = [epoll::Event {
+                flags: epoll::EventFlags::empty(),
+                data: epoll::EventData::new_u64(0),
+            }];
+            while epoll::wait(&events, &mut room, None).is_err() {}
+        }),
+        Box::new(|| {
+            // SAFETY: no pointers.
+            unsafe { libc::pause() };
+        }),
+    ];
+    for wait in waits {
+        std::thread::spawn(wait);
+    }
+    Ok(())
 }
 
 /// Looks at everything in every way that changes nothing.

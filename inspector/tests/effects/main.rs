@@ -11,6 +11,7 @@ mod files;
 mod ops;
 mod processes;
 mod sandbox;
+mod thaws;
 mod uring;
 
 use std::panic::{self, AssertUnwindSafe};
@@ -83,6 +84,27 @@ const TESTS: &[Test] = &[
     (
         "activity_ends_the_quiet",
         processes::activity_ends_the_quiet,
+    ),
+    (
+        "threads_find_back_after_a_freeze",
+        thaws::threads_find_back_after_a_freeze,
+    ),
+    (
+        "busy_threads_have_run_after_a_freeze",
+        thaws::busy_threads_have_run_after_a_freeze,
+    ),
+    #[cfg(target_arch = "x86_64")]
+    (
+        "calls_with_old_numbers_have_run",
+        thaws::calls_with_old_numbers_have_run,
+    ),
+    (
+        "an_overflow_of_a_watch_means_that_something_ran",
+        thaws::an_overflow_of_a_watch_means_that_something_ran,
+    ),
+    (
+        "a_watch_leaves_nothing_attached",
+        thaws::a_watch_leaves_nothing_attached,
     ),
     (
         "bad_registrations_are_refused",

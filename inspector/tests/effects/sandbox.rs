@@ -23,7 +23,7 @@ use crate::cases::CASES;
 pub(crate) const FLAG: &str = "--tp-sandbox";
 
 /// Far more than any step takes; only to end a hang.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A sandbox whose first process waits for commands.
 pub(crate) struct Sandbox {

@@ -150,6 +150,13 @@ impl Hierarchies {
         }
     }
 
+    /// Removes a cgroup that has nothing in it; one that has stays.
+    pub(crate) fn remove_empty(&self, cgroup: &str) {
+        for dir in self.existing(cgroup) {
+            let _ = fs::remove_dir(dir);
+        }
+    }
+
     /// Kills what is left in a cgroup and removes it everywhere.
     pub(crate) fn remove(&self, cgroup: &str) -> Result<()> {
         let until = Instant::now() + FREEZE_TIME;

@@ -158,6 +158,7 @@ impl Runtime {
     }
 
     async fn runc_restore(&self, record: &Record, images: &Path) -> Result<Created> {
+        let _making = self.making.read().await;
         let dir = self.records.dir(&record.name);
         let (work, log, pid_file) = (
             dir.join("restore"),

@@ -56,6 +56,12 @@ impl Runtime {
                 mounts::unmount(&r.layers.merged)?;
                 let _ = fs::remove_dir(&r.layers.merged);
                 netns::remove(&r.netns)?;
+                // The cgroup above it goes with the last sandbox, unless one is being made.
+                if let (Ok(_alone), Some((parent, _))) =
+                    (this.making.try_write(), r.cgroup.rsplit_once('/'))
+                {
+                    this.groups.remove_empty(parent);
+                }
             }
             this.records.remove(&name)
         })

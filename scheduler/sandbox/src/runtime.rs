@@ -16,10 +16,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidepool_init::auth::Key;
 use tidepool_init::message::Setup;
 use tokio::process::Command;
+use tokio::sync::RwLock;
 
 /// How long the OCI runtime may take for anything but processes' images.
 pub(crate) const RUNC_TIME: Duration = Duration::from_secs(60);
@@ -65,6 +67,8 @@ pub struct Runtime {
     pub(crate) cfg: RuntimeConfig,
     pub(crate) records: Records,
     pub(crate) groups: Hierarchies,
+    /// Held for reading while the runtime makes cgroups, so that their parent is not removed meanwhile.
+    pub(crate) making: Arc<RwLock<()>>,
     capabilities: Capabilities,
     init_digest: String,
 }
@@ -110,6 +114,7 @@ impl Runtime {
             cfg,
             records,
             groups,
+            making: Arc::default(),
             capabilities: Capabilities { runc, criu },
             init_digest,
         })
@@ -230,6 +235,7 @@ impl Runtime {
     }
 
     async fn runc_create(&self, record: &Record, spec: &SandboxSpec, key: &Key) -> Result<Created> {
+        let _making = self.making.read().await;
         let setup = Setup {
             key: *key,
             user: (!spec.user.is_empty()).then(|| spec.user.clone()),

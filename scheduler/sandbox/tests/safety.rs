@@ -385,5 +385,13 @@ async fn nothing_is_left_of_sandboxes_that_fail_or_are_killed() {
     ));
     host.runtime.destroy(&name).await.expect("destroyed");
     assert!(precious.join("file").exists());
+    assert_eq!(
+        common::sh(&format!(
+            "find /sys/fs/cgroup -name {} -type d",
+            host.cgroup_parent
+        )),
+        "",
+        "the parent goes with the last sandbox"
+    );
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }

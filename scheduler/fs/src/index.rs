@@ -11,6 +11,8 @@ use tidepool_proto::recipe::BlobRef;
 use tidepool_proto::tree::{Entry, Kind, Meta, Node};
 use tidepool_scheduler_core::diff::{TreeDiff, diff};
 
+use crate::shards::ByInode;
+
 /// A name in a directory.
 pub(crate) type Name = Arc<[u8]>;
 
@@ -27,9 +29,14 @@ pub(crate) struct Dir {
     pub(crate) ino: u64,
     pub(crate) generation: Option<u32>,
     pub(crate) meta: Meta,
+    /// The mtime as it was last read, where `meta` has an earlier one because nothing lasting changed since.
+    pub(crate) mtime: (i64, u32),
     pub(crate) children: BTreeMap<Name, Child>,
     /// The node of its children; none where it is empty. Meaningless while `stale`.
     pub(crate) node: Option<BlobRef>,
+    /// Entries that are no directories, and bytes of files with one name among them. Meaningless while `stale`.
+    pub(crate) files: u64,
+    pub(crate) bytes: u64,
     pub(crate) stale: bool,
 }
 
@@ -68,10 +75,10 @@ pub struct TreeIndex {
     pub(crate) root: DirId,
     pub(crate) dirs: HashMap<DirId, Arc<Dir>>,
     next: u64,
-    pub(crate) by_ino: HashMap<u64, DirId>,
+    pub(crate) by_ino: ByInode<DirId>,
     /// Every place of every inode that is no directory. Whiteouts share one inode and are left out.
-    pub(crate) places: HashMap<u64, Vec<(DirId, Name)>>,
-    /// Inodes whose leaves carry a link group.
+    pub(crate) places: ByInode<Vec<(DirId, Name)>>,
+    /// Inodes that have or had more than one place: whose leaves carry a link group, or are to carry one.
     pub(crate) grouped: BTreeSet<u64>,
     pub(crate) tree: TreeId,
     pub(crate) bytes: u64,
@@ -97,8 +104,8 @@ impl TreeIndex {
             root: DirId(0),
             dirs: HashMap::new(),
             next: 0,
-            by_ino: HashMap::new(),
-            places: HashMap::new(),
+            by_ino: ByInode::new(),
+            places: ByInode::new(),
             grouped: BTreeSet::new(),
             tree: TreeId([0; 32]),
             bytes: 0,
@@ -133,12 +140,12 @@ impl TreeIndex {
 
     /// The paths of an inode, relative to the root; empty where it is unknown (or the root itself: `.`).
     pub fn paths_of(&self, ino: u64) -> Vec<Vec<u8>> {
-        if let Some(id) = self.by_ino.get(&ino) {
+        if let Some(id) = self.by_ino.get(ino) {
             let path = self.path(*id).unwrap_or_default();
             return vec![if path.is_empty() { b".".to_vec() } else { path }];
         }
         self.places
-            .get(&ino)
+            .get(ino)
             .into_iter()
             .flatten()
             .filter_map(|(dir, name)| Some(join(&self.path(*dir)?, name)))
@@ -170,7 +177,7 @@ impl TreeIndex {
                 .map(|dir| {
                     let here = self
                         .dirs
-                        .get(&self.by_ino.get(&dir.ino).copied().unwrap_or(self.root));
+                        .get(&self.by_ino.get(dir.ino).copied().unwrap_or(self.root));
                     match here.is_some_and(|d| Arc::ptr_eq(d, dir)) {
                         true => self.node_of(dir),
                         false => before.node_of(dir),
@@ -270,8 +277,13 @@ impl TreeIndex {
     pub(crate) fn put_leaf(&mut self, dir: DirId, name: Name, leaf: Arc<Leaf>) {
         self.take_child(dir, &name);
         if !leaf.is_whiteout() {
-            let places = self.places.entry(leaf.ino).or_default();
-            places.push((dir, name.clone()));
+            let many = self.places.change(leaf.ino, |places| {
+                places.push((dir, name.clone()));
+                (places.len() > 1, false)
+            });
+            if many {
+                self.grouped.insert(leaf.ino);
+            }
         }
         if let Some(dir) = self.change(dir) {
             dir.children.insert(name, Child::Leaf(leaf));
@@ -284,14 +296,7 @@ impl TreeIndex {
             return;
         };
         match child {
-            Child::Leaf(leaf) => {
-                if let Some(places) = self.places.get_mut(&leaf.ino) {
-                    places.retain(|(d, n)| (*d, n.as_ref()) != (dir, name));
-                    if places.is_empty() {
-                        self.places.remove(&leaf.ino);
-                    }
-                }
-            }
+            Child::Leaf(leaf) => self.forget_place(&leaf, dir, name),
             Child::Dir(id) => {
                 if let Some(gone) = self.dirs.get_mut(&id).map(Arc::make_mut) {
                     gone.parent = None;
@@ -328,38 +333,54 @@ impl TreeIndex {
             let Some(dir) = self.dirs.remove(&id) else {
                 continue;
             };
-            if self.by_ino.get(&dir.ino) == Some(&id) {
-                self.by_ino.remove(&dir.ino);
+            if self.by_ino.get(dir.ino) == Some(&id) {
+                self.by_ino.remove(dir.ino);
             }
             for (name, child) in &dir.children {
                 match child {
                     Child::Dir(sub) => gone.push(*sub),
-                    Child::Leaf(leaf) => {
-                        if let Some(places) = self.places.get_mut(&leaf.ino) {
-                            places.retain(|(d, n)| (*d, n) != (id, name));
-                            if places.is_empty() {
-                                self.places.remove(&leaf.ino);
-                            }
-                        }
-                    }
+                    Child::Leaf(leaf) => self.forget_place(leaf, id, name),
                 }
             }
         }
     }
 
+    fn forget_place(&mut self, leaf: &Leaf, dir: DirId, name: &[u8]) {
+        if !leaf.is_whiteout() {
+            self.places.change(leaf.ino, |places| {
+                places.retain(|(d, n)| (*d, n.as_ref()) != (dir, name));
+                ((), places.is_empty())
+            });
+        }
+    }
+
     /// Counts bytes and files again.
     pub(crate) fn count(&mut self) {
-        self.files = 0;
-        self.bytes = 0;
-        for dir in self.dirs.values() {
-            for (name, child) in &dir.children {
-                let Child::Leaf(leaf) = child else { continue };
+        self.files = self.dirs.values().map(|d| d.files).sum();
+        self.bytes = self.dirs.values().map(|d| d.bytes).sum();
+        for ino in &self.grouped {
+            let first = self.places.get(*ino).and_then(|p| p.first());
+            let child = first.and_then(|(dir, name)| self.dirs.get(dir)?.children.get(name));
+            if let Some(Child::Leaf(leaf)) = child {
+                self.bytes += leaf.len();
+            }
+        }
+    }
+}
+
+impl Dir {
+    /// Counts what is in it.
+    pub(crate) fn count(&mut self) {
+        (self.files, self.bytes) = (0, 0);
+        for child in self.children.values() {
+            if let Child::Leaf(leaf) = child {
                 self.files += 1;
-                let first = self.places.get(&leaf.ino).and_then(|p| p.first());
-                let once = first.is_none_or(|(d, n)| {
-                    self.dirs.get(d).is_some_and(|d| Arc::ptr_eq(d, dir)) && n == name
-                });
-                self.bytes += if once { leaf.len() } else { 0 };
+                if let Kind::File {
+                    link_group: None, ..
+                } = leaf.kind
+                {
+                    self.bytes += leaf.len();
+                }
             }
         }
     }

@@ -16,6 +16,7 @@ pub mod dump;
 pub mod images;
 mod index;
 pub mod restore;
+mod shards;
 mod stack;
 mod sys;
 

@@ -375,3 +375,17 @@ proptest! {
         check(&scratch, &rounds)?;
     }
 }
+
+#[test]
+fn a_change_after_one_that_was_undone() {
+    // The directory's mtime moved without a lasting change; then a file in it changes, which does not dirty the directory.
+    let scratch = Scratch::new("undone");
+    let rounds = [
+        vec![Op::Create(0, 0), Op::Mkdir(0, 1), Op::Create(1, 2)],
+        vec![Op::MakeAndDelete(0), Op::MakeAndDelete(1)],
+        vec![Op::Write(0, 0, 100)],
+        vec![Op::Write(1, 0, 100)],
+        vec![Op::Rename(1, 0, 5)],
+    ];
+    check(&scratch, &rounds).unwrap();
+}

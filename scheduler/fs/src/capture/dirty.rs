@@ -68,7 +68,7 @@ impl Refresh<'_, '_> {
         let mut queue: Vec<(usize, DirId)> = self
             .dirty
             .iter()
-            .filter_map(|ino| self.index.by_ino.get(ino))
+            .filter_map(|ino| self.index.by_ino.get(*ino))
             .filter_map(|id| Some((self.index.depth(*id)?, *id)))
             .collect();
         queue.sort_unstable();
@@ -120,6 +120,7 @@ impl Refresh<'_, '_> {
             return Ok(Err("a directory is not in the index".into()));
         };
         dir.meta = meta;
+        dir.mtime = stat.mtime;
         let known: HashMap<Name, Child> = dir
             .children
             .iter()
@@ -191,8 +192,7 @@ impl Refresh<'_, '_> {
         path: &[u8],
     ) -> Result<Result<(), Doubt>, CaptureError> {
         let same_ino = |d: DirId| self.index.dirs.get(&d).is_some_and(|d| d.ino == stat.ino);
-        let in_place =
-            known.filter(|d| same_ino(*d) && self.index.by_ino.get(&stat.ino) == Some(d));
+        let in_place = known.filter(|d| same_ino(*d) && self.index.by_ino.get(stat.ino) == Some(d));
         if in_place.is_some() && !self.dirty.contains(&stat.ino) {
             return Ok(Ok(()));
         }
@@ -206,7 +206,7 @@ impl Refresh<'_, '_> {
             // It is in the list itself and is looked at on its own.
             return Ok(Ok(()));
         }
-        let moved = self.index.by_ino.get(&stat.ino).copied();
+        let moved = self.index.by_ino.get(stat.ino).copied();
         let moved = moved.filter(|d| same(*d) && stat.dev == self.index.dev);
         self.index.take_child(parent, name);
         let name = Name::from(name);
@@ -255,7 +255,7 @@ impl Refresh<'_, '_> {
     fn content(&mut self) -> Result<Result<(), Doubt>, CaptureError> {
         let mut by_dir: HashMap<DirId, Vec<(Name, u64)>> = HashMap::new();
         for ino in &self.dirty {
-            for (dir, name) in self.index.places.get(ino).into_iter().flatten() {
+            for (dir, name) in self.index.places.get(*ino).into_iter().flatten() {
                 if !self.put.contains(&(*dir, name.clone())) {
                     by_dir.entry(*dir).or_default().push((name.clone(), *ino));
                 }

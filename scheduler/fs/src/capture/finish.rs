@@ -24,17 +24,10 @@ pub(super) fn finish(
 
 /// Gives all names of one file one number, and takes the number from files that have one name left.
 fn link_groups(index: &mut TreeIndex) {
-    let mut many: BTreeSet<u64> = index.grouped.clone();
-    many.extend(
-        index
-            .places
-            .iter()
-            .filter(|(_, p)| p.len() > 1)
-            .map(|(ino, _)| *ino),
-    );
+    let many = std::mem::take(&mut index.grouped);
     let mut grouped = BTreeSet::new();
     for ino in many {
-        let Some(places) = index.places.get(&ino).cloned() else {
+        let Some(places) = index.places.get(ino).cloned() else {
             continue;
         };
         let paths = places
@@ -103,16 +96,20 @@ fn encode(
         }
         let old = previous.and_then(|p| same_directory(p, dir));
         let node = node(ctx, index, dir, old, id)?;
-        let meta = old
+        let real = Meta {
+            mtime_s: dir.mtime.0,
+            mtime_ns: dir.mtime.1,
+            ..dir.meta.clone()
+        };
+        let kept = old
             .zip(previous)
             .filter(|(old, previous)| same_entries(index, dir, previous, old))
-            .and_then(|(old, _)| but_for_mtime(&dir.meta, &old.meta));
+            .and_then(|(old, _)| but_for_mtime(&real, &old.meta));
         if let Some(dir) = index.dirs.get_mut(&id).map(Arc::make_mut) {
             dir.node = node;
             dir.stale = false;
-            if let Some(meta) = meta {
-                dir.meta = meta;
-            }
+            dir.count();
+            dir.meta = kept.unwrap_or(real);
         }
     }
     Ok(())
@@ -121,7 +118,7 @@ fn encode(
 /// The same directory in the previous capture: by inode and generation, wherever it was. By its path would not do: what is known of a moved
 /// directory moves with it.
 fn same_directory<'p>(previous: &'p TreeIndex, dir: &Dir) -> Option<&'p Dir> {
-    let old = previous.dirs.get(previous.by_ino.get(&dir.ino)?)?;
+    let old = previous.dirs.get(previous.by_ino.get(dir.ino)?)?;
     (dir.generation.is_some() && dir.generation == old.generation).then_some(old)
 }
 

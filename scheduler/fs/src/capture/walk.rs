@@ -65,8 +65,11 @@ fn enter(
         ino: stat.ino,
         generation: sys::generation(fd),
         meta: ctx.meta(fd, &stat, &path)?,
+        mtime: stat.mtime,
         children: Default::default(),
         node: None,
+        files: 0,
+        bytes: 0,
         stale: true,
     });
     let mut subdirs = Vec::new();

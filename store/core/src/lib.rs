@@ -10,8 +10,8 @@
 //! Invariants:
 //! - equal states and equal commands give equal results and writes: no clock, no randomness, no iteration order of a hash map;
 //! - a refused command writes nothing;
-//! - every command may be applied again, at once or later: the second time changes nothing that the first did not
-//!   (a delayed copy of an old request can undo nothing newer);
+//! - every command may be applied again at once: the second time changes nothing. A copy that comes late, after others, undoes nothing
+//!   newer in a sandbox; it can bring a removed image's record back, and a late taking is one more taking;
 //! - epochs of a sandbox only grow; a commit with another epoch than the current is refused;
 //! - the turns of a sandbox have no gaps, and a recorded turn never changes.
 //!

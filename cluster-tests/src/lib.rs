@@ -59,6 +59,10 @@ pub fn rootfs() -> &'static Path {
 pub struct TestHost {
     dir: tempfile::TempDir,
     daemon: Option<Child>,
+    /// Used instead of the CRIU that is installed.
+    criu: Option<PathBuf>,
+    /// A file system of its own for the state, in MiB.
+    disk: Option<u64>,
 }
 
 /// What a command of the command line said.
@@ -94,25 +98,70 @@ impl TestHost {
     /// Starts a daemon on an empty state directory, with the small root filesystem imported as `small`.
     pub fn new() -> Self {
         let host = Self::empty();
-        host.cli(
-            ["image", "import", "small"]
-                .map(OsStr::new)
-                .into_iter()
-                .chain([rootfs().as_os_str()]),
-        )
-        .json();
+        host.import_small();
         host
     }
 
     /// Starts a daemon on an empty state directory.
     pub fn empty() -> Self {
+        let mut host = Self::idle();
+        host.start();
+        host
+    }
+
+    /// Starts a daemon with the small image and another CRIU.
+    pub fn with_criu(criu: &Path) -> Self {
+        let mut host = Self::idle();
+        host.criu = Some(criu.to_owned());
+        host.start();
+        host.import_small();
+        host
+    }
+
+    /// Starts a daemon with the small image and its state on an ext4 of this many MiB.
+    pub fn with_disk(mib: u64) -> Self {
+        let mut host = Self::idle();
+        let image = host.dir.path().join("disk.img");
+        File::create(&image)
+            .and_then(|f| f.set_len(mib << 20))
+            .expect("a disk image");
+        run(
+            "mkfs.ext4",
+            &["-q".as_ref(), "-F".as_ref(), image.as_os_str()],
+        );
+        std::fs::create_dir(host.state()).expect("a mount point");
+        host.disk = Some(mib);
+        run(
+            "mount",
+            &[
+                "-o".as_ref(),
+                "loop".as_ref(),
+                image.as_os_str(),
+                host.state().as_os_str(),
+            ],
+        );
+        host.start();
+        host.import_small();
+        host
+    }
+
+    fn idle() -> Self {
         let dir = tempfile::Builder::new()
             .prefix("tp-host-")
             .tempdir_in("/var/tmp")
             .expect("a directory for the state");
-        let mut host = Self { dir, daemon: None };
-        host.start();
-        host
+        Self {
+            dir,
+            daemon: None,
+            criu: None,
+            disk: None,
+        }
+    }
+
+    fn import_small(&self) {
+        let args = ["image", "import", "small"].map(OsStr::new);
+        self.cli(args.into_iter().chain([rootfs().as_os_str()]))
+            .json();
     }
 
     /// The state directory.
@@ -168,7 +217,7 @@ impl TestHost {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
-        if let Some(criu) = criu() {
+        if let Some(criu) = self.criu.clone().or_else(criu) {
             command.arg("--criu").arg(criu);
         }
         self.daemon = Some(command.spawn().expect("the daemon starts"));
@@ -320,11 +369,14 @@ impl Drop for TestHost {
             eprintln!("--- the daemon's log\n{}", self.log());
         }
         self.kill();
+        self.criu = None;
         // A daemon on the same state ends what its predecessors left running.
         self.spawn();
+        let mut answered = false;
         for _ in 0..200 {
             let said = self.cli(["sandbox", "list"]);
             if said.code == 0 {
+                answered = true;
                 let list: Value = serde_json::from_str(&said.stdout).unwrap_or_default();
                 for sandbox in list.as_array().into_iter().flatten() {
                     if let Some(id) = sandbox["id"].as_str() {
@@ -335,8 +387,22 @@ impl Drop for TestHost {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
+        if !answered {
+            eprintln!(
+                "--- the daemon did not come back to clean up\n{}",
+                self.log()
+            );
+        }
         self.stop();
+        if self.disk.is_some() {
+            let _ = Command::new("umount").arg(self.state()).status();
+        }
     }
+}
+
+fn run(program: &str, args: &[&OsStr]) {
+    let status = Command::new(program).args(args).status().expect("it runs");
+    assert!(status.success(), "{program} {args:?}");
 }
 
 /// CRIU as the scripts install it, where the environment does not name it.

@@ -294,7 +294,7 @@ fn two_sandboxes_of_one_image_share_their_chunks() {
             .map(|t| t["stats"]["sent_bytes"].as_u64().unwrap())
             .sum()
     };
-    // Files only: content is shared; names, owners and times of new files are each sandbox's own.
+    // Contents are shared; directory nodes are not where they carry the times of files each sandbox made itself.
     let files = "for i in $(seq 20); do seq $i 90000 | sha256sum -b - > /dev/null; seq $i 7 90000 | tr -d 1 > /root/$i; done; cp -r /usr/lib/python3* /root/";
     let task = |name: &str| {
         host.create(name);

@@ -121,7 +121,7 @@ number_id!(
     Epoch
 );
 number_id!(
-    /// A sandbox's turns, counted from 1; 0 is the state at creation.
+    /// A sandbox's turns, counted from 1, which is its creation; 0 stands for none.
     TurnNo
 );
 

@@ -71,6 +71,17 @@ struct Files {
     changes: Option<Vec<PathChange>>,
 }
 
+/// What a boundary captured.
+struct Taken {
+    /// None where no file had to be looked at.
+    captured: Option<Files>,
+    part: ProcessPart,
+    /// As the new manifest has them.
+    processes: Option<ProcessImage>,
+    result: Option<ExecResult>,
+    look: Look,
+}
+
 impl Sandbox {
     /// Ends a turn: afterwards its record, and its checkpoint where there is one, are committed.
     pub(crate) async fn boundary(
@@ -134,71 +145,22 @@ impl<'a> Boundary<'a> {
             };
         }
         let last = inner.last.as_ref();
-        let decision = decide(&seen);
         let upload = host.transfer.upload();
-
-        // Files first, as they lie; a change that a living process could notice asks for its image too.
-        let mut part = decision.processes;
-        let mut captured = None;
-        if decision.verdict.files() && part != ProcessPart::Dump {
-            let taken = this
-                .files(live, index.clone(), &look.files, &upload)
-                .await?;
-            let quiet = this.quiet_since(live, &look).await?;
-            match taken {
-                Some(taken) if quiet => match this.held(live, &taken, look.seen.alive).await {
-                    Seen::No => captured = Some(taken),
-                    _ => {
-                        this.reasons
-                            .push("a living process may hold a file that changed".into());
-                        part = ProcessPart::Dump;
-                    }
-                },
-                _ => {
-                    this.reasons
-                        .push("something ran while the files were read".into());
-                    part = if look.seen.alive == Some(0) {
-                        part
-                    } else {
-                        ProcessPart::Dump
-                    };
-                }
-            }
-        }
-        this.reasons.extend(decision.reasons.iter().cloned());
-        let must_freeze =
-            part == ProcessPart::Dump || (decision.verdict.files() && captured.is_none());
-        let mut dump = None;
-        if must_freeze {
-            let frozen = this
-                .frozen(
-                    live,
-                    index.clone(),
-                    &look,
-                    &upload,
-                    part == ProcessPart::Dump,
-                )
-                .await?;
-            (captured, dump, look) = (Some(frozen.files), frozen.dump, frozen.look);
-        }
-
-        // Everything below happens while the sandbox runs on.
-        let processes = match (part, dump) {
-            (ProcessPart::Dump, Some((dir, alive))) => {
-                Some(this.process_image(dir, alive, &upload).await?)
-            }
-            (ProcessPart::Drop, _) => None,
-            _ => last.and_then(|(_, m)| m.processes.clone()),
+        let taken = this
+            .capture(live, &seen, look, &index, last, cause.result, &upload)
+            .await;
+        let (taken, (session, sent)) = match (taken, upload.finish().await) {
+            (Ok(taken), Ok(finished)) => (taken, finished),
+            // Where sending fails, cutting is cut short: the cause is the sender's.
+            (_, Err(e)) | (Err(e), Ok(_)) => return Err(e),
         };
-        let result = match cause.result {
-            Some((status, stdout, stderr)) => Some(ExecResult {
-                status,
-                stdout: this.journal(stdout, &upload).await?,
-                stderr: this.journal(stderr, &upload).await?,
-            }),
-            None => None,
-        };
-        let (session, sent) = upload.finish().await?;
+        let Taken {
+            captured,
+            part,
+            processes,
+            result,
+            look,
+        } = taken;
 
         let upper = captured
             .as_ref()
@@ -309,6 +271,84 @@ impl<'a> Boundary<'a> {
             inner.last = Some((id, manifest));
         }
         turn_info(&record)
+    }
+
+    /// Captures what has to be captured, cuts it, and offers it to the upload.
+    #[allow(clippy::too_many_arguments)]
+    async fn capture(
+        &mut self,
+        live: &Live,
+        seen: &Observation,
+        mut look: Look,
+        index: &Option<Arc<TreeIndex>>,
+        last: Option<&(CheckpointId, Manifest)>,
+        result: Option<(ExitStatus, Vec<u8>, Vec<u8>)>,
+        upload: &Upload,
+    ) -> Result<Taken> {
+        let decision = decide(seen);
+        // Files first, as they lie; a change that a living process could notice asks for its image too.
+        let mut part = decision.processes;
+        let mut captured = None;
+        if decision.verdict.files() && part != ProcessPart::Dump {
+            let taken = self.files(live, index.clone(), &look.files, upload).await?;
+            let quiet = self.quiet_since(live, &look).await?;
+            match taken {
+                Some(taken) if quiet => match self.held(live, &taken, look.seen.alive).await {
+                    Seen::No => captured = Some(taken),
+                    _ => {
+                        self.reasons
+                            .push("a living process may hold a file that changed".into());
+                        part = ProcessPart::Dump;
+                    }
+                },
+                _ => {
+                    self.reasons
+                        .push("something ran while the files were read".into());
+                    part = if look.seen.alive == Some(0) {
+                        part
+                    } else {
+                        ProcessPart::Dump
+                    };
+                }
+            }
+        }
+        self.reasons.extend(decision.reasons);
+        let mut dump = None;
+        if part == ProcessPart::Dump || (decision.verdict.files() && captured.is_none()) {
+            let frozen = self
+                .frozen(
+                    live,
+                    index.clone(),
+                    &look,
+                    upload,
+                    part == ProcessPart::Dump,
+                )
+                .await?;
+            (captured, dump, look) = (Some(frozen.files), frozen.dump, frozen.look);
+        }
+        // Everything below happens while the sandbox runs on.
+        let processes = match (part, dump) {
+            (ProcessPart::Dump, Some((dir, alive))) => {
+                Some(self.process_image(dir, alive, upload).await?)
+            }
+            (ProcessPart::Drop, _) => None,
+            _ => last.and_then(|(_, m)| m.processes.clone()),
+        };
+        let result = match result {
+            Some((status, stdout, stderr)) => Some(ExecResult {
+                status,
+                stdout: self.journal(stdout, upload).await?,
+                stderr: self.journal(stderr, upload).await?,
+            }),
+            None => None,
+        };
+        Ok(Taken {
+            captured,
+            part,
+            processes,
+            result,
+            look,
+        })
     }
 
     /// Reads what happened since the last boundary.
@@ -562,7 +602,13 @@ impl<'a> Boundary<'a> {
     ) -> Result<Frozen> {
         let mut look = self.look(live).await?;
         look.files = merge(&before.files, look.files);
-        look.happened.extend(before.happened.iter().cloned());
+        let news: Vec<String> = before
+            .happened
+            .iter()
+            .filter(|h| !look.happened.contains(h))
+            .cloned()
+            .collect();
+        look.happened.extend(news);
         let dump = match dump {
             true => {
                 let dir = self.host.state.dump_dir()?;

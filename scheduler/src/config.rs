@@ -25,9 +25,9 @@ pub struct Config {
     #[arg(long, env = "TIDEPOOL_RUNC", default_value = "runc")]
     pub runc: PathBuf,
 
-    /// CRIU 4.2.1 or newer. Without it sandboxes run, but no process can be checkpointed.
-    #[arg(long, env = "TIDEPOOL_CRIU", default_value = "criu")]
-    pub criu: PathBuf,
+    /// CRIU 4.2.1 or newer; that of ops/setup where it is there, else `criu`. Without it sandboxes run, but no process can be checkpointed.
+    #[arg(long, env = "TIDEPOOL_CRIU")]
+    pub criu: Option<PathBuf>,
 
     /// This host's name in records.
     #[arg(long, env = "TIDEPOOL_HOST_NAME")]

@@ -82,15 +82,13 @@ fn load_inspector(warnings: &mut Vec<String>) -> Option<Arc<Inspector>> {
     }
 }
 
-fn runtime_config(config: &Config, state: &StateDir) -> RuntimeConfig {
-    let tag = blake3::hash(state.root().as_os_str().as_encoded_bytes()).to_hex();
-    RuntimeConfig {
-        runc: config.runc.clone(),
-        criu: config.criu.clone(),
-        // One group of control groups a state directory, so that two daemons of one machine never meet.
-        cgroup_parent: format!("tidepool-{}", &tag[..8]),
-        ..RuntimeConfig::new(state.run(), state.root().join("runtime"))
+fn runtime_config(config: &Config, run: PathBuf, kept: PathBuf) -> RuntimeConfig {
+    let mut runtime = RuntimeConfig::new(run, kept);
+    runtime.runc.clone_from(&config.runc);
+    if let Some(criu) = &config.criu {
+        runtime.criu.clone_from(criu);
     }
+    runtime
 }
 
 /// Checks what the daemon needs by using it, and says what does not work.
@@ -102,12 +100,7 @@ pub async fn check(config: &Config) -> Result<()> {
     let inspector = load_inspector(&mut warnings);
     println!("inspector: {}", inspector.map_or("none", |i| i.probe_set()));
     let dir = std::env::temp_dir().join(format!("tidepool-check-{}", std::process::id()));
-    let runtime = Runtime::new(RuntimeConfig {
-        runc: config.runc.clone(),
-        criu: config.criu.clone(),
-        ..RuntimeConfig::new(dir.join("run"), dir.join("state"))
-    })
-    .await;
+    let runtime = Runtime::new(runtime_config(config, dir.join("run"), dir.join("state"))).await;
     let _ = std::fs::remove_dir_all(&dir);
     match runtime {
         Ok(runtime) => {
@@ -154,14 +147,21 @@ impl Host {
             node.client_identity(),
         ))
         .await?;
-        let runtime = Runtime::new(runtime_config(&config, &state))
+        // One control group a state directory, so that two daemons of one machine never meet.
+        let tag = blake3::hash(state.root().as_os_str().as_encoded_bytes()).to_hex();
+        let found = RuntimeConfig {
+            cgroup_parent: format!("tidepool-{}", &tag[..8]),
+            ..runtime_config(&config, state.run(), state.root().join("runtime"))
+        };
+        let criu = found.criu.clone();
+        let runtime = Runtime::new(found)
             .await
             .map_err(|e| HostError::from(e).context("preparing the container runtime"))?;
         let found = runtime.capabilities();
         if let Err(why) = &found.criu {
             warnings.push(format!(
                 "turns that leave processes behind cannot be checkpointed: {}: {why}",
-                config.criu.display()
+                criu.display()
             ));
         }
         let compat = compat(found.criu.clone().unwrap_or_default())?;
@@ -207,6 +207,8 @@ impl Host {
         if let Some(node) = node {
             node.shutdown().await;
         }
+        self.runtime.close();
+        self.state.close();
         Ok(())
     }
 

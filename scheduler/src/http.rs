@@ -227,7 +227,17 @@ async fn stdin(
     let control = host.find(&name)?.control(&key)?;
     let mut stream = body.into_data_stream();
     while let Some(data) = stream.next().await {
-        let data = data.map_err(|e| HostError::invalid(format!("input of exec {key}: {e}")))?;
+        let data = match data {
+            Ok(data) => data,
+            Err(e) => {
+                // Whoever typed is gone, and half an input must not pass for a whole one: as when a terminal hangs up.
+                control.signal(libc::SIGHUP, SignalScope::Session).await?;
+                control.close_stdin().await?;
+                return Err(HostError::invalid(format!(
+                    "input of exec {key} was cut off: {e}"
+                )));
+            }
+        };
         control.stdin(&data).await?;
     }
     control.close_stdin().await?;

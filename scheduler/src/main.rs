@@ -1,9 +1,10 @@
 //! The daemon's process: options, logging, start, signals, end.
 
+use std::future::IntoFuture;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
-use std::future::IntoFuture;
 use tidepool_scheduler::config::Config;
 use tidepool_scheduler::host::Host;
 use tidepool_scheduler::http;
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     let runtime = match tokio::runtime::Builder::new_multi_thread()

@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock, statfs};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, statfs, statvfs};
 
 use crate::error::{Context, HostError, Result};
 
 const EXT4_MAGIC: u64 = 0xef53;
+/// Kept aside on the disk, so that a daemon can start (and serve and remove) where sandboxes filled it.
+const BALLAST: u64 = 96 << 20;
 /// As long as CRIU gets by default, and some.
 const ORPHAN_TIME: Duration = Duration::from_secs(150);
 
@@ -49,7 +51,8 @@ impl StateDir {
         flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             HostError::conflict(format!("another tidepool-host holds {}", root.display()))
         })?;
-        let (fs_dir, note) = if is_ext4(&root)? {
+        let full = ballast(&root)?;
+        let (fs_dir, mut note) = if is_ext4(&root)? {
             (root.join("fs"), None)
         } else {
             let mounted = mount_image(&root, image_gib)?;
@@ -60,6 +63,12 @@ impl StateDir {
             );
             (mounted, Some(note))
         };
+        if full {
+            note = Some(format!(
+                "{} is full: what was kept aside is used; make room and start again",
+                root.display()
+            ));
+        }
         for dir in ["images", "sandboxes"] {
             let path = fs_dir.join(dir);
             fs::create_dir_all(&path).context(format!("making {}", path.display()))?;
@@ -105,12 +114,38 @@ impl StateDir {
         self.fs.join("sandboxes")
     }
 
+    /// Removes what lies outside the state directory and is empty.
+    pub fn close(&self) {
+        let _ = fs::remove_dir(&self.dumps);
+    }
+
     /// A fresh, empty, memory-backed directory for process images.
     pub fn dump_dir(&self) -> Result<DumpDir> {
         let path = self.dumps.join(hex::encode(rand::random::<[u8; 8]>()));
         fs::create_dir(&path).context(format!("making {}", path.display()))?;
         Ok(DumpDir { path })
     }
+}
+
+/// Sets space aside, or gives it back where the disk is full (true).
+fn ballast(root: &Path) -> Result<bool> {
+    let path = root.join("ballast");
+    let free = statvfs(root).context(format!("looking at the room of {}", root.display()))?;
+    let free = free.f_bavail.saturating_mul(free.f_frsize);
+    let have = fs::metadata(&path).map_or(0, |m| m.len());
+    if free < BALLAST / 2 {
+        let gave = fs::remove_file(&path).is_ok();
+        tracing::warn!(free, gave, "the disk is full");
+        return Ok(true);
+    }
+    if have < BALLAST && free > 3 * BALLAST {
+        let file = File::create(&path).context(format!("making {}", path.display()))?;
+        // Where the file system cannot, there is no ballast: nothing else depends on it.
+        if let Err(e) = fallocate(&file, FallocateFlags::empty(), 0, BALLAST) {
+            tracing::debug!(error = %e, "no space could be set aside");
+        }
+    }
+    Ok(false)
 }
 
 /// Waits for dumps and restores that an earlier daemon began and did not live to see end.

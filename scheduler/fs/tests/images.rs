@@ -373,7 +373,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     gz.finish().unwrap()
 }
 
-const CONFIG: &str = r#"{"architecture":"x","config":{"Env":["PATH=/bin","A=b"],"WorkingDir":"/work","User":"app"}}"#;
+const CONFIG: &str = r#"{"architecture":"x","config":{"Env":["PATH=/bin","A=b"],"WorkingDir":"/srv/app","User":"app"}}"#;
 
 #[test]
 fn oci_layers_are_applied_with_their_whiteouts() {
@@ -425,7 +425,7 @@ fn oci_layers_are_applied_with_their_whiteouts() {
         let dest = scratch.join(&format!("dest{n}"));
         let done = run(source, &dest, &mut Chunks::default()).unwrap();
         assert_eq!(done.env, ["PATH=/bin", "A=b"]);
-        assert_eq!((done.cwd.as_str(), done.user.as_str()), ("/work", "app"));
+        assert_eq!((done.cwd.as_str(), done.user.as_str()), ("/srv/app", "app"));
         let mut found = Vec::new();
         let mut dirs = vec![dest.clone()];
         while let Some(dir) = dirs.pop() {

@@ -12,10 +12,10 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tidepool_fs::{CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, TreeIndex};
-use tidepool_inspector::{FileEffects, RanBecause, TaskTable};
+use tidepool_inspector::{FileEffects, RanBecause, TaskTable, Thaw, ThawWatch};
 use tidepool_proto::api::{PathChange, TurnInfo};
 use tidepool_proto::manifest::{Manifest, ProcessImage};
 use tidepool_proto::recipe::BlobRef;
@@ -40,6 +40,8 @@ use crate::transfer::Upload;
 const MAX_CHANGES: usize = 4096;
 /// Paths and processes named in a turn's evidence.
 const SAMPLES: usize = 6;
+/// How long threads may take to stand still after a thaw; those that do not have work to do.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
 /// Longest path or reason in evidence, in bytes.
 const SAMPLE_LEN: usize = 80;
 
@@ -80,6 +82,7 @@ struct Taken {
     processes: Option<ProcessImage>,
     result: Option<ExecResult>,
     look: Look,
+    settled: Option<Settled>,
 }
 
 impl Sandbox {
@@ -160,6 +163,7 @@ impl<'a> Boundary<'a> {
             processes,
             result,
             look,
+            settled,
         } = taken;
 
         let upper = captured
@@ -264,7 +268,10 @@ impl<'a> Boundary<'a> {
         }
 
         live.index = captured.map(|f| Arc::new(f.captured.index)).or(index);
-        live.tasks = look.tasks;
+        live.tasks = match settled {
+            Some(settled) => settled.await?,
+            None => look.tasks,
+        };
         live.memory = Some(look.memory);
         inner.turn = turn;
         if let (Some(id), Some(manifest)) = (id, manifest) {
@@ -313,7 +320,7 @@ impl<'a> Boundary<'a> {
             }
         }
         self.reasons.extend(decision.reasons);
-        let mut dump = None;
+        let (mut dump, mut settled) = (None, None);
         if part == ProcessPart::Dump || (decision.verdict.files() && captured.is_none()) {
             let frozen = self
                 .frozen(
@@ -325,6 +332,7 @@ impl<'a> Boundary<'a> {
                 )
                 .await?;
             (captured, dump, look) = (Some(frozen.files), frozen.dump, frozen.look);
+            settled = frozen.settled;
         }
         // Everything below happens while the sandbox runs on.
         let processes = match (part, dump) {
@@ -348,6 +356,7 @@ impl<'a> Boundary<'a> {
             processes,
             result,
             look,
+            settled,
         })
     }
 
@@ -582,14 +591,29 @@ impl<'a> Boundary<'a> {
             runtime.pause(&live.name).await.map_err(HostError::from)?;
         }
         let taken = self.frozen_inside(live, index, before, upload, dump).await;
-        let resumed = match was_paused {
-            true => Ok(()),
-            false => runtime.resume(&live.name).await.map_err(HostError::from),
-        };
+        if was_paused {
+            return taken;
+        }
+        let watch = self.watch_thaw(live, taken.is_ok());
+        let resumed = runtime.resume(&live.name).await.map_err(HostError::from);
         self.frozen_us += since.elapsed().as_micros() as u64;
         // A sandbox that stays frozen is worse than a turn that is not committed.
         resumed.context("resuming the sandbox")?;
-        taken
+        let mut frozen = taken?;
+        let init_pid = live.init_pid;
+        frozen.settled = Some(tokio::task::spawn_blocking(move || {
+            settle(watch?, init_pid)
+        }));
+        Ok(frozen)
+    }
+
+    /// Begins to tell a thaw from work. None where that is not possible: all that lives then counts as having run.
+    fn watch_thaw(&self, live: &Live, wanted: bool) -> Option<ThawWatch> {
+        let (inspector, slot) = (self.host.inspector.as_ref()?, live.slot.filter(|_| wanted)?);
+        let watch = inspector.watch_thaw(slot);
+        watch
+            .inspect_err(|e| tracing::debug!(error = %e, "a thaw cannot be watched"))
+            .ok()
     }
 
     async fn frozen_inside(
@@ -627,7 +651,12 @@ impl<'a> Boundary<'a> {
                 "files changed while the sandbox was frozen: something outside writes to its upper",
             )
         })?;
-        Ok(Frozen { files, dump, look })
+        Ok(Frozen {
+            files,
+            dump,
+            look,
+            settled: None,
+        })
     }
 
     /// Cuts and sends dumped process images.
@@ -703,6 +732,28 @@ struct Frozen {
     files: Files,
     dump: Option<(DumpDir, u64)>,
     look: Look,
+    /// The tasks once they stand still after the thaw, if nothing ran; absent where there was no thaw.
+    settled: Option<Settled>,
+}
+
+/// The tasks to compare the next boundary with; none where something ran or may have.
+type Settled = tokio::task::JoinHandle<Option<TaskTable>>;
+
+/// Waits until the threads stand still again after a thaw.
+fn settle(watch: ThawWatch, init_pid: u32) -> Option<TaskTable> {
+    let until = Instant::now() + SETTLE_TIME;
+    while Instant::now() < until {
+        match watch.poll(init_pid) {
+            Ok(Thaw::Pending) => std::thread::sleep(Duration::from_millis(1)),
+            Ok(Thaw::Quiet { tasks, .. }) => return Some(tasks),
+            Ok(Thaw::Ran(_)) => return None,
+            Err(e) => {
+                tracing::debug!(error = %chain(&e), "a thaw cannot be watched");
+                return None;
+            }
+        }
+    }
+    None
 }
 
 fn merge(a: &FileEffects, b: FileEffects) -> FileEffects {

@@ -195,6 +195,15 @@ impl Host {
         Ok(host)
     }
 
+    /// Waits until the store stops by itself because a write failed: nothing can be committed any more.
+    pub async fn store_failed(&self) -> HostError {
+        // Held while waiting; whoever shuts down has dropped this future before.
+        match &*self.node.lock().await {
+            Some(node) => HostError::new(ErrorKind::Unavailable, chain(&node.failed().await)),
+            None => std::future::pending().await,
+        }
+    }
+
     /// Waits for running boundaries and closes the store. Sandboxes run on.
     pub async fn shutdown(&self) -> Result<()> {
         for sandbox in self.all() {

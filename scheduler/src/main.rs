@@ -61,6 +61,7 @@ async fn run(config: Config) -> tidepool_scheduler::error::Result<()> {
         }
         tracing::info!("stopping; sandboxes run on");
     };
+    let mut failed = None;
     let serve = axum::serve(listener, http::router(host.clone()));
     // Not graceful towards long answers: turns run in tasks of their own, and `shutdown` waits for those.
     tokio::select! {
@@ -70,7 +71,9 @@ async fn run(config: Config) -> tidepool_scheduler::error::Result<()> {
             }
         }
         () = stop => {}
+        e = host.store_failed() => failed = Some(e),
     }
     let _ = std::fs::remove_file(&socket);
-    host.shutdown().await
+    host.shutdown().await?;
+    failed.map_or(Ok(()), Err)
 }

@@ -1,457 +1,47 @@
-//! A turn's boundary: look, decide, capture what has to be captured, send it, commit.
+//! Capturing: files as they lie or frozen, processes, and the output of the turn's command.
 //!
-//! Two ways to capture. *Without a freeze*: where no process has to be dumped, the files are read as they lie, and it is checked afterwards that nothing ran and nothing was dirtied meanwhile.
-//! *Frozen*: where that check fails, or processes have to be dumped; files and processes are then of the same instant, and everything that can wait
-//! (cutting the process images, sending) waits until the sandbox runs again.
+//! Invariant: a sandbox frozen here is resumed here, whatever fails.
 //!
-//! Invariants: what is remembered of the last boundary is taken out first and put back only after the commit, so that any failure on the way makes the next boundary
-//! look at everything; a sandbox frozen here is resumed here, whatever fails.
-//!
-//! Elsewhere on purpose: the rules (`scheduler_core::verdict`), reading trees (`tidepool_fs`).
+//! Elsewhere on purpose: when and what to capture ([`crate::boundary`]), reading trees and cutting (`tidepool_fs`).
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidepool_fs::{CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, TreeIndex};
-use tidepool_inspector::{FileEffects, RanBecause, TaskTable, Thaw, ThawWatch};
-use tidepool_proto::api::{PathChange, TurnInfo};
-use tidepool_proto::manifest::{Manifest, ProcessImage};
+use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch};
+use tidepool_proto::ChunkName;
+use tidepool_proto::api::{ChangeKind, PathChange, SandboxState};
+use tidepool_proto::manifest::ProcessImage;
 use tidepool_proto::recipe::BlobRef;
-use tidepool_proto::turn::{
-    Evidence, ExecResult, ExitStatus, MAX_INLINE_OUTPUT, Output, TurnRecord, TurnStats, Verdict,
-};
-use tidepool_proto::{CheckpointId, ChunkName, ErrorKind, TurnNo};
-use tidepool_sandbox::Hold;
-use tidepool_scheduler_core::verdict::{
-    FilesSeen, Observation, Previous, ProcessPart, ProcessesSeen, Seen, decide,
-};
-use tidepool_store_client::Commit;
+use tidepool_proto::turn::{MAX_INLINE_OUTPUT, Output};
+use tidepool_sandbox::{HeldFile, Hold};
+use tidepool_scheduler_core::verdict::Seen;
 
+use crate::boundary::Boundary;
 use crate::error::{Context, HostError, Result, chain};
-use crate::host::{Host, now_ms, turn_info};
-use crate::observe::{MemoryFiles, ipc_in_use};
-use crate::sandbox::{Inner, Live, Sandbox, not_covered, shorten};
+use crate::look::{Look, merge};
+use crate::sandbox::Live;
 use crate::state_dir::DumpDir;
 use crate::transfer::Upload;
 
 /// Changed paths looked at to tell whether a process holds one; more count as unknown.
-const MAX_CHANGES: usize = 4096;
-/// Paths and processes named in a turn's evidence.
-const SAMPLES: usize = 6;
+pub(crate) const MAX_CHANGES: usize = 4096;
 /// How long threads may take to stand still after a thaw; those that do not have work to do.
 const SETTLE_TIME: Duration = Duration::from_millis(100);
-/// Longest path or reason in evidence, in bytes.
-const SAMPLE_LEN: usize = 80;
-
-/// What a boundary is the end of.
-pub(crate) struct Cause {
-    pub(crate) key: String,
-    pub(crate) command: String,
-    pub(crate) started_ms: u64,
-    /// A command's end and output; none for a checkpoint asked for.
-    pub(crate) result: Option<(ExitStatus, Vec<u8>, Vec<u8>)>,
-}
-
-/// What a boundary saw.
-struct Look {
-    files: FileEffects,
-    tasks: Option<TaskTable>,
-    mark: Option<tidepool_inspector::Mark>,
-    memory: MemoryFiles,
-    ipc: bool,
-    /// Processes besides init, as `pid comm: what happened`.
-    happened: Vec<String>,
-    seen: ProcessesSeen,
-}
 
 /// What was captured of the files.
-struct Files {
-    captured: Captured,
+pub(crate) struct Files {
+    pub(crate) captured: Captured,
     /// What changed since the last capture; none where that is not known here.
-    changes: Option<Vec<PathChange>>,
+    pub(crate) changes: Option<Vec<PathChange>>,
 }
 
-/// What a boundary captured.
-struct Taken {
-    /// None where no file had to be looked at.
-    captured: Option<Files>,
-    part: ProcessPart,
-    /// As the new manifest has them.
-    processes: Option<ProcessImage>,
-    result: Option<ExecResult>,
-    look: Look,
-    settled: Option<Settled>,
-}
-
-impl Sandbox {
-    /// Ends a turn: afterwards its record, and its checkpoint where there is one, are committed.
-    pub(crate) async fn boundary(
-        &self,
-        host: &Arc<Host>,
-        inner: &mut Inner,
-        cause: Cause,
-    ) -> Result<TurnInfo> {
-        let done = Boundary::take(self, host, inner, cause).await;
-        if let (Err(e), Some(live)) = (&done, inner.live.as_mut()) {
-            tracing::warn!(sandbox = %self.record.name, error = %e, "a turn could not be committed");
-            live.index = None;
-            live.tasks = None;
-            live.memory = None;
-        }
-        self.set_capture_error(done.as_ref().err().map(|e| e.message.clone()));
-        let state = self.info().state;
-        self.publish(inner, state);
-        done
-    }
-}
-
-/// One boundary under way.
-struct Boundary<'a> {
-    sandbox: &'a Sandbox,
-    host: &'a Arc<Host>,
-    ended: Instant,
-    frozen_us: u64,
-    reasons: Vec<String>,
-}
-
-impl<'a> Boundary<'a> {
-    async fn take(
-        sandbox: &'a Sandbox,
-        host: &'a Arc<Host>,
-        inner: &mut Inner,
-        cause: Cause,
-    ) -> Result<TurnInfo> {
-        let mut this = Self {
-            sandbox,
-            host,
-            ended: Instant::now(),
-            frozen_us: 0,
-            reasons: Vec::new(),
-        };
-        let ended_ms = now_ms();
-        let inner_epoch = inner.epoch;
-        let Some(live) = inner.live.as_mut() else {
-            return Err(HostError::new(
-                ErrorKind::Unavailable,
-                "the sandbox does not run here",
-            ));
-        };
-        let index = live.index.take();
-        let mut look = this.look(live).await?;
-        let mut seen = observation(&look, live, inner.last.as_ref());
-        if index.is_none() {
-            seen.files = FilesSeen::Everything("the last look at the files is not known".into());
-            look.files = FileEffects::Everything {
-                reason: String::new(),
-            };
-        }
-        let last = inner.last.as_ref();
-        let upload = host.transfer.upload();
-        let taken = this
-            .capture(live, &seen, look, &index, last, cause.result, &upload)
-            .await;
-        let (taken, (session, sent)) = match (taken, upload.finish().await) {
-            (Ok(taken), Ok(finished)) => (taken, finished),
-            // Where sending fails, cutting is cut short: the cause is the sender's.
-            (_, Err(e)) | (Err(e), Ok(_)) => return Err(e),
-        };
-        let Taken {
-            captured,
-            part,
-            processes,
-            result,
-            look,
-            settled,
-        } = taken;
-
-        let upper = captured
-            .as_ref()
-            .map(|f| f.captured.tree)
-            .or(last.map(|(_, m)| m.upper));
-        let upper = upper.ok_or_else(|| HostError::failed("there is no file tree to commit"))?;
-        let files_changed = last.is_none_or(|(_, m)| m.upper != upper);
-        let processes_changed = last.is_none_or(|(_, m)| m.processes != processes);
-        let verdict = Verdict::of(files_changed, processes_changed);
-        let changes = match (&captured, last) {
-            (
-                Some(Files {
-                    changes: Some(changes),
-                    ..
-                }),
-                _,
-            ) => changes.clone(),
-            // The first boundary after a restart or restore: the store knows what was there before.
-            (Some(_), Some((_, before))) if files_changed => {
-                let found = host.compare(before.upper, upper, MAX_CHANGES).await;
-                found.map(|d| d.changes).unwrap_or_default()
-            }
-            _ => Vec::new(),
-        };
-        let upper_bytes = match (&captured, last) {
-            (Some(f), _) => f.captured.bytes,
-            (None, Some((_, m))) => m.upper_bytes,
-            (None, None) => 0,
-        };
-        let turn = TurnNo(inner.turn.0 + 1);
-        let record = &sandbox.record;
-        let manifest = (verdict != Verdict::Clean || last.is_none()).then(|| Manifest {
-            sandbox: sandbox.id,
-            epoch: inner_epoch,
-            turn,
-            parent: last.map(|(id, _)| *id),
-            created_ms: ended_ms,
-            verdict,
-            domain: record.domain.clone(),
-            image_name: record.image_name.clone(),
-            image: record.image,
-            upper,
-            processes: processes.clone(),
-            spec: serde_json::to_vec(&record.spec).expect("a specification has only text keys"),
-            init_nonce: live.nonce,
-            upper_bytes,
-        });
-        let encoded = manifest.as_ref().map(Manifest::encode);
-        let id = encoded.as_deref().map(Manifest::id_of);
-        let checkpoint = match (id, last) {
-            (Some(id), _) => id,
-            (None, Some((id, _))) => *id,
-            (None, None) => return Err(HostError::failed("a first turn without a checkpoint")),
-        };
-        let mut stats = TurnStats {
-            captured_bytes: captured.as_ref().map_or(0, |f| f.captured.read_bytes)
-                + if part == ProcessPart::Dump {
-                    processes.as_ref().map_or(0, |p| p.bytes)
-                } else {
-                    0
-                },
-            sent_bytes: sent.bytes + encoded.as_ref().map_or(0, |m| m.len() as u64),
-            sent_chunks: sent.chunks,
-            full_bytes: upper_bytes + processes.as_ref().map_or(0, |p| p.bytes),
-            frozen_us: this.frozen_us,
-            exposed_us: 0,
-        };
-        stats.exposed_us = this.ended.elapsed().as_micros() as u64;
-        let record = TurnRecord {
-            turn,
-            key: cause.key.clone(),
-            command: cause.command,
-            started_ms: cause.started_ms,
-            ended_ms,
-            verdict,
-            checkpoint,
-            evidence: evidence(&look, &changes, &this.reasons, verdict, not_covered(record)),
-            stats,
-            result,
-        };
-        let record = record.encode();
-        let commit = Commit {
-            sandbox: sandbox.id,
-            epoch: inner_epoch,
-            turn,
-            key: cause.key,
-            record: record.clone(),
-            manifest: id.zip(encoded),
-            session,
-        };
-        host.transfer
-            .client
-            .commit(commit)
-            .await
-            .map_err(HostError::from)?;
-        if let Some(session) = session
-            && let Err(e) = host.transfer.client.end_session(session).await
-        {
-            // The pins end with the session's time; nothing is lost by their staying a while.
-            tracing::debug!(error = %e, "a session was not ended");
-        }
-
-        live.index = captured.map(|f| Arc::new(f.captured.index)).or(index);
-        live.tasks = match settled {
-            Some(settled) => settled.await?,
-            None => look.tasks,
-        };
-        live.memory = Some(look.memory);
-        inner.turn = turn;
-        if let (Some(id), Some(manifest)) = (id, manifest) {
-            inner.last = Some((id, manifest));
-        }
-        turn_info(&record)
-    }
-
-    /// Captures what has to be captured, cuts it, and offers it to the upload.
-    #[allow(clippy::too_many_arguments)]
-    async fn capture(
-        &mut self,
-        live: &Live,
-        seen: &Observation,
-        mut look: Look,
-        index: &Option<Arc<TreeIndex>>,
-        last: Option<&(CheckpointId, Manifest)>,
-        result: Option<(ExitStatus, Vec<u8>, Vec<u8>)>,
-        upload: &Upload,
-    ) -> Result<Taken> {
-        let decision = decide(seen);
-        // Files first, as they lie; a change that a living process could notice asks for its image too.
-        let mut part = decision.processes;
-        let mut captured = None;
-        if decision.verdict.files() && part != ProcessPart::Dump {
-            let taken = self.files(live, index.clone(), &look.files, upload).await?;
-            let quiet = self.quiet_since(live, &look).await?;
-            match taken {
-                Some(taken) if quiet => match self.held(live, &taken, look.seen.alive).await {
-                    Seen::No => captured = Some(taken),
-                    _ => {
-                        self.reasons
-                            .push("a living process may hold a file that changed".into());
-                        part = ProcessPart::Dump;
-                    }
-                },
-                _ => {
-                    self.reasons
-                        .push("something ran while the files were read".into());
-                    part = if look.seen.alive == Some(0) {
-                        part
-                    } else {
-                        ProcessPart::Dump
-                    };
-                }
-            }
-        }
-        self.reasons.extend(decision.reasons);
-        let (mut dump, mut settled) = (None, None);
-        if part == ProcessPart::Dump || (decision.verdict.files() && captured.is_none()) {
-            let frozen = self
-                .frozen(
-                    live,
-                    index.clone(),
-                    &look,
-                    upload,
-                    part == ProcessPart::Dump,
-                )
-                .await?;
-            (captured, dump, look) = (Some(frozen.files), frozen.dump, frozen.look);
-            settled = frozen.settled;
-        }
-        // Everything below happens while the sandbox runs on.
-        let processes = match (part, dump) {
-            (ProcessPart::Dump, Some((dir, alive))) => {
-                Some(self.process_image(dir, alive, upload).await?)
-            }
-            (ProcessPart::Drop, _) => None,
-            _ => last.and_then(|(_, m)| m.processes.clone()),
-        };
-        let result = match result {
-            Some((status, stdout, stderr)) => Some(ExecResult {
-                status,
-                stdout: self.journal(stdout, upload).await?,
-                stderr: self.journal(stderr, upload).await?,
-            }),
-            None => None,
-        };
-        Ok(Taken {
-            captured,
-            part,
-            processes,
-            result,
-            look,
-            settled,
-        })
-    }
-
-    /// Reads what happened since the last boundary.
-    async fn look(&self, live: &Live) -> Result<Look> {
-        let (inspector, slot, init_pid) = (self.host.inspector.clone(), live.slot, live.init_pid);
-        let baseline = live.tasks.clone();
-        let blind = match (&inspector, slot) {
-            (Some(_), Some(_)) => None,
-            _ => Some(
-                self.host
-                    .runtime
-                    .processes(&live.name)
-                    .await
-                    .map_err(HostError::from)?,
-            ),
-        };
-        tokio::task::spawn_blocking(move || {
-            // Tasks before files: what a task does between the two readings is then in the files, or shows as having run.
-            let (tasks, files, mark, lost) = match (&inspector, slot) {
-                (Some(inspector), Some(slot)) => {
-                    let tasks = inspector
-                        .tasks(slot)
-                        .map_err(|e| HostError::failed(chain(&e)))?;
-                    let effects = inspector
-                        .take(slot)
-                        .map_err(|e| HostError::failed(chain(&e)))?;
-                    (
-                        Some(tasks),
-                        effects.files,
-                        Some(effects.mark),
-                        effects.process_events_lost,
-                    )
-                }
-                _ => {
-                    let reason = "nothing watches this sandbox".to_owned();
-                    (None, FileEffects::Everything { reason }, None, true)
-                }
-            };
-            let memory = MemoryFiles::read(init_pid);
-            let ipc = ipc_in_use(init_pid).context("looking at the sandbox's IPC objects")?;
-            let (seen, happened) = match (&tasks, blind) {
-                (Some(now), _) => processes_seen(now, baseline.as_ref(), init_pid, lost),
-                (None, blind) => {
-                    let others = blind
-                        .unwrap_or_default()
-                        .iter()
-                        .filter(|p| p.pid as u32 != init_pid)
-                        .count();
-                    let unknown = (others == 0).then_some(0);
-                    let seen = ProcessesSeen {
-                        alive: Some(others as u64),
-                        ran: unknown,
-                        born: unknown,
-                        exited: Some(0),
-                        lost: false,
-                    };
-                    (seen, Vec::new())
-                }
-            };
-            Ok(Look {
-                files,
-                tasks,
-                mark,
-                memory,
-                ipc,
-                happened,
-                seen,
-            })
-        })
-        .await?
-    }
-
-    /// Whether nothing ran and nothing was dirtied since `look`. Init itself runs when it is spoken to; it writes no files.
-    async fn quiet_since(&self, live: &Live, look: &Look) -> Result<bool> {
-        let (Some(inspector), Some(slot)) = (self.host.inspector.clone(), live.slot) else {
-            return Ok(look.seen.alive == Some(0));
-        };
-        let (Some(tasks), Some(mark)) = (look.tasks.clone(), look.mark) else {
-            return Ok(false);
-        };
-        let init_pid = live.init_pid;
-        tokio::task::spawn_blocking(move || {
-            let activity = inspector
-                .activity_since(slot, &mark, &tasks)
-                .map_err(|e| HostError::failed(chain(&e)))?;
-            let ran = activity.ran.iter().any(|r| r.task.tgid != init_pid);
-            Ok(!ran && !activity.dirtied && !activity.process_events)
-        })
-        .await?
-    }
-
+impl Boundary<'_> {
     /// Captures the upper: by dirty inodes where they are known, else by a walk. Arms the hooks again for files mapped for writing.
     /// None where a file changed while it was read.
-    async fn files(
+    pub(crate) async fn files(
         &self,
         live: &Live,
         index: Option<Arc<TreeIndex>>,
@@ -504,24 +94,24 @@ impl<'a> Boundary<'a> {
         .await?
     }
 
-    /// Files that living processes have mapped shared and writable, as inside paths.
+    /// Files that living processes have mapped shared and writable, relative to the root.
     async fn mapped(&self, live: &Live) -> Result<BTreeSet<PathBuf>> {
         let held = self.held_files(live).await?;
         Ok(held
             .into_iter()
-            .filter(|(_, hold)| {
+            .filter(|h| {
                 matches!(
-                    hold,
+                    h.hold,
                     Hold::Mapped {
                         shared_writable: true
                     }
                 )
             })
-            .filter_map(|(path, _)| path.strip_prefix("/").map(PathBuf::from).ok())
+            .filter_map(|h| h.path.strip_prefix("/").map(PathBuf::from).ok())
             .collect())
     }
 
-    async fn held_files(&self, live: &Live) -> Result<Vec<(PathBuf, Hold)>> {
+    async fn held_files(&self, live: &Live) -> Result<Vec<HeldFile>> {
         let processes = self
             .host
             .runtime
@@ -533,7 +123,7 @@ impl<'a> Boundary<'a> {
             let mut all = Vec::new();
             for p in processes.iter().filter(|p| p.pid as u32 != init_pid) {
                 match tidepool_sandbox::open_files(p.pid) {
-                    Ok(held) => all.extend(held.into_iter().map(|h| (h.path, h.hold))),
+                    Ok(held) => all.extend(held),
                     // Gone meanwhile; whether something ran is checked afterwards.
                     Err(e) => tracing::debug!(pid = p.pid, error = %e, "a process is gone"),
                 }
@@ -544,7 +134,7 @@ impl<'a> Boundary<'a> {
     }
 
     /// Whether a living process holds a file that changed.
-    async fn held(&self, live: &Live, files: &Files, alive: Option<u64>) -> Seen {
+    pub(crate) async fn held(&self, live: &Live, files: &Files, alive: Option<u64>) -> Seen {
         if alive == Some(0) {
             return Seen::No;
         }
@@ -554,23 +144,14 @@ impl<'a> Boundary<'a> {
         let Ok(held) = self.held_files(live).await else {
             return Seen::Unknown;
         };
-        let changed: BTreeSet<PathBuf> = changes
-            .iter()
-            .map(|c| PathBuf::from(format!("/{}", c.path.trim_start_matches('/'))))
-            .collect();
-        // A directory's own entry changes with its times; only what is gone from under a process matters there.
-        let touched = |path: &PathBuf, hold: &Hold| match hold {
-            Hold::WorkingDirectory | Hold::Root => !path.exists() && changed.contains(path),
-            _ => changed.contains(path),
-        };
-        match held.iter().any(|(path, hold)| touched(path, hold)) {
+        match held.iter().any(|h| touched(h, changes)) {
             true => Seen::Yes,
             false => Seen::No,
         }
     }
 
     /// Captures files, and processes where asked, in one frozen instant.
-    async fn frozen(
+    pub(crate) async fn frozen(
         &mut self,
         live: &Live,
         index: Option<Arc<TreeIndex>>,
@@ -585,7 +166,7 @@ impl<'a> Boundary<'a> {
             .await
             .map_err(|_| HostError::failed("the daemon stops"))?;
         let runtime = &self.host.runtime;
-        let was_paused = self.sandbox.info().state == tidepool_proto::api::SandboxState::Paused;
+        let was_paused = self.sandbox.info().state == SandboxState::Paused;
         let since = Instant::now();
         if !was_paused {
             runtime.pause(&live.name).await.map_err(HostError::from)?;
@@ -660,7 +241,7 @@ impl<'a> Boundary<'a> {
     }
 
     /// Cuts and sends dumped process images.
-    async fn process_image(
+    pub(crate) async fn process_image(
         &self,
         dir: DumpDir,
         alive: u64,
@@ -708,7 +289,7 @@ impl<'a> Boundary<'a> {
     }
 
     /// An output stream as the journal keeps it.
-    async fn journal(&self, bytes: Vec<u8>, upload: &Upload) -> Result<Output> {
+    pub(crate) async fn journal(&self, bytes: Vec<u8>, upload: &Upload) -> Result<Output> {
         if bytes.len() <= MAX_INLINE_OUTPUT {
             return Ok(Output::Inline(bytes));
         }
@@ -728,16 +309,17 @@ impl<'a> Boundary<'a> {
     }
 }
 
-struct Frozen {
-    files: Files,
-    dump: Option<(DumpDir, u64)>,
-    look: Look,
+/// What was captured in a frozen instant.
+pub(crate) struct Frozen {
+    pub(crate) files: Files,
+    pub(crate) dump: Option<(DumpDir, u64)>,
+    pub(crate) look: Look,
     /// The tasks once they stand still after the thaw, if nothing ran; absent where there was no thaw.
-    settled: Option<Settled>,
+    pub(crate) settled: Option<Settled>,
 }
 
 /// The tasks to compare the next boundary with; none where something ran or may have.
-type Settled = tokio::task::JoinHandle<Option<TaskTable>>;
+pub(crate) type Settled = tokio::task::JoinHandle<Option<TaskTable>>;
 
 /// Waits until the threads stand still again after a thaw.
 fn settle(watch: ThawWatch, init_pid: u32) -> Option<TaskTable> {
@@ -756,134 +338,64 @@ fn settle(watch: ThawWatch, init_pid: u32) -> Option<TaskTable> {
     None
 }
 
-fn merge(a: &FileEffects, b: FileEffects) -> FileEffects {
-    match (a, b) {
-        (FileEffects::Inodes(a), FileEffects::Inodes(mut b)) => {
-            b.extend_from_slice(a);
-            b.sort_unstable();
-            b.dedup();
-            FileEffects::Inodes(b)
+/// Whether any of the changes is one of a held file: of itself, or of a directory on its way that came or went (with all in it).
+fn touched(held: &HeldFile, changes: &[PathChange]) -> bool {
+    let itself_matters = held.deleted || !matches!(held.hold, Hold::WorkingDirectory | Hold::Root);
+    changes.iter().any(|c| {
+        let path = Path::new("/").join(c.path.trim_start_matches('/'));
+        match path == held.path {
+            // A directory's own entry changes with what is in it; a process only stands there.
+            true => itself_matters || c.change == ChangeKind::Removed,
+            false => {
+                matches!(c.change, ChangeKind::Added | ChangeKind::Removed)
+                    && held.path.starts_with(&path)
+            }
         }
-        (FileEffects::Everything { reason }, _) => FileEffects::Everything {
-            reason: reason.clone(),
-        },
-        (_, everything) => everything,
-    }
+    })
 }
 
-/// What the task tables say of the processes besides init.
-fn processes_seen(
-    now: &TaskTable,
-    baseline: Option<&TaskTable>,
-    init: u32,
-    lost: bool,
-) -> (ProcessesSeen, Vec<String>) {
-    let others = |t: &&tidepool_inspector::TaskInfo| t.tgid != init && !t.exited;
-    let alive: BTreeSet<u32> = now.tasks.iter().filter(others).map(|t| t.tgid).collect();
-    let mut happened = Vec::new();
-    let Some(baseline) = baseline else {
-        let unknown = alive.is_empty().then_some(0);
-        let seen = ProcessesSeen {
-            alive: Some(alive.len() as u64),
-            ran: unknown,
-            born: unknown,
-            exited: unknown,
-            lost: false,
-        };
-        return (seen, happened);
-    };
-    let (mut ran, mut born, mut exited) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    for r in now
-        .ran_since(baseline)
-        .iter()
-        .filter(|r| r.task.tgid != init)
-    {
-        let t = &r.task;
-        let (set, what) = match r.because {
-            _ if t.exited => (&mut exited, "ended"),
-            RanBecause::New => (&mut born, "was born"),
-            RanBecause::Gone => (&mut exited, "ended"),
-            RanBecause::Moved | RanBecause::Running => (&mut ran, "ran"),
-        };
-        if set.insert(t.tgid) {
-            happened.push(format!("{} {}: {what}", t.ns_tgid, t.comm));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(path: &str, hold: Hold) -> HeldFile {
+        HeldFile {
+            path: path.into(),
+            deleted: false,
+            hold,
         }
     }
-    let seen = ProcessesSeen {
-        alive: Some(alive.len() as u64),
-        ran: Some(ran.len() as u64),
-        born: Some(born.len() as u64),
-        exited: Some(exited.len() as u64),
-        // The tables tell what lives; events only add what came and went in between.
-        lost: lost && !alive.is_empty(),
-    };
-    (seen, happened)
-}
 
-fn observation(look: &Look, live: &Live, last: Option<&(CheckpointId, Manifest)>) -> Observation {
-    let files = match &look.files {
-        FileEffects::Inodes(list) if list.is_empty() => FilesSeen::None,
-        FileEffects::Inodes(list) => FilesSeen::Inodes(list.len() as u64),
-        FileEffects::Everything { reason } => FilesSeen::Everything(reason.clone()),
-    };
-    let same =
-        |other: &Option<MemoryFiles>| other.as_ref().is_some_and(|m| m.same_as(&look.memory));
-    let mut processes = look.seen.clone();
-    // Memory-backed files and IPC objects live in the process image: they need one even where only init lives.
-    let holds_memory = look.ipc || !same(&live.pristine);
-    if holds_memory && processes.alive == Some(0) {
-        processes.alive = Some(1);
+    fn change(path: &str, change: ChangeKind) -> PathChange {
+        PathChange {
+            path: path.into(),
+            change,
+            bytes_before: 0,
+            bytes_after: 0,
+        }
     }
-    let changed = match (look.ipc || look.memory.unsure.is_some(), same(&live.memory)) {
-        (true, _) => Seen::Unknown,
-        (false, true) => Seen::No,
-        (false, false) => Seen::Yes,
-    };
-    Observation {
-        files,
-        processes,
-        // Decided when the changed paths are known.
-        open_dirty: Seen::No,
-        tmpfs: changed,
-        previous: match last {
-            None => Previous::None,
-            Some((_, m)) => match &m.processes {
-                Some(p) => Previous::WithProcesses(p.count.max(1)),
-                None => Previous::FilesOnly,
-            },
-        },
-        forced: None,
-    }
-}
 
-fn evidence(
-    look: &Look,
-    changes: &[PathChange],
-    reasons: &[String],
-    verdict: Verdict,
-    not_covered: Vec<String>,
-) -> Evidence {
-    let sample = |list: &[String]| {
-        list.iter()
-            .take(SAMPLES)
-            .map(|s| shorten(s, SAMPLE_LEN))
-            .collect()
-    };
-    let paths: Vec<String> = changes.iter().map(|c| c.path.clone()).collect();
-    let mut reasons: Vec<String> = reasons.to_vec();
-    reasons.extend(look.memory.unsure.clone());
-    reasons.dedup();
-    Evidence {
-        paths: sample(&paths),
-        paths_total: paths.len() as u64,
-        processes: sample(&look.happened),
-        processes_total: look.happened.len() as u64,
-        // A Clean turn's record stays small: what made it look twice is not worth keeping.
-        reasons: if verdict == Verdict::Clean {
-            Vec::new()
-        } else {
-            sample(&reasons)
-        },
-        not_covered: sample(&not_covered),
+    #[test]
+    fn a_held_file_is_touched_by_its_own_change_and_by_its_directory_coming_or_going() {
+        let file = held("/srv/log/a", Hold::Program);
+        assert!(touched(&file, &[change("srv/log/a", ChangeKind::Modified)]));
+        assert!(touched(&file, &[change("/srv", ChangeKind::Removed)]));
+        assert!(touched(&file, &[change("srv/log", ChangeKind::Added)]));
+        assert!(!touched(&file, &[change("srv/log", ChangeKind::Metadata)]));
+        assert!(!touched(
+            &file,
+            &[
+                change("srv/lo", ChangeKind::Added),
+                change("srv/log/b", ChangeKind::Modified)
+            ]
+        ));
+        let cwd = held("/srv", Hold::WorkingDirectory);
+        assert!(!touched(&cwd, &[change("srv", ChangeKind::Metadata)]));
+        assert!(touched(&cwd, &[change("srv", ChangeKind::Removed)]));
+        let gone = HeldFile {
+            deleted: true,
+            ..held("/srv", Hold::WorkingDirectory)
+        };
+        assert!(touched(&gone, &[change("srv", ChangeKind::Metadata)]));
     }
 }

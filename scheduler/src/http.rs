@@ -138,7 +138,11 @@ where
     let (tx, rx) = mpsc::channel(LINES);
     let work = work(Reporter(tx.clone()));
     tokio::spawn(async move {
-        let last = match tokio::spawn(work).await.map_err(HostError::from).flatten() {
+        let last = match tokio::spawn(work)
+            .await
+            .map_err(HostError::from)
+            .and_then(|done| done)
+        {
             Ok(result) => line(&Event::Done { result }),
             Err(e) => line(&Event::<()>::Error { error: e.to_api() }),
         };
@@ -205,7 +209,7 @@ async fn exec(
     Json(request): Json<ExecRequest>,
 ) -> Result<Response> {
     let sandbox = host.find(&name)?;
-    let request = crate::sandbox::checked(request)?;
+    let request = crate::exec::checked(request)?;
     let (tx, rx) = mpsc::channel::<ExecEvent>(LINES);
     tokio::spawn(async move { sandbox.exec(host, request, tx).await });
     let stream = futures::stream::unfold(rx, |mut rx| async {

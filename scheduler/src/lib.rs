@@ -7,11 +7,14 @@
 //! | [`transfer`] | chunks to the store and back: names first, bodies only where they are missing |
 //! | [`images`] | images: imported once, unpacked once a host |
 //! | [`record`] | what is kept about a sandbox in the store and on the host's disk |
-//! | [`host`] | the daemon's state and the life of sandboxes: create, adopt, remove, restore, fork |
-//! | [`sandbox`] | one sandbox here: its turns, its exec, its boundary |
-//! | [`observe`] | what a boundary sees: effects, processes, tmpfs, IPC |
-//! | [`capture`] | from what was seen to a committed checkpoint |
-//! | [`restore`] | from a checkpoint to a running sandbox |
+//! | [`host`] | the daemon's state, its start and end |
+//! | [`life`], [`adopt`] | sandboxes made, paused and removed; those that ran on without the daemon |
+//! | [`history`] | turns and checkpoints in the store |
+//! | [`sandbox`], [`exec`] | one sandbox here; its commands |
+//! | [`observe`] | memory-backed files and IPC objects of a sandbox |
+//! | [`boundary`] | a turn's end: look, decide, capture, commit |
+//! | [`look`], [`capture`] | its steps: what is seen; files and processes as chunks |
+//! | [`restore`] | from a checkpoint to a running sandbox: restore, rollback, fork |
 //! | [`http`] | the API |
 //!
 //! Invariants: an exec's `exit` is sent only when its turn is committed in the store; a sandbox's turns are taken one at a time; whatever
@@ -19,13 +22,19 @@
 //!
 //! Elsewhere on purpose: rules and formats (`scheduler/core`, `proto`), walking file systems (`scheduler/fs`), runc and CRIU (`scheduler/sandbox`).
 
+pub mod adopt;
+pub mod boundary;
 pub mod capture;
 pub mod config;
 pub mod error;
+pub mod exec;
+pub mod history;
 pub mod host;
 pub mod http;
 pub mod images;
 pub mod keys;
+pub mod life;
+pub mod look;
 pub mod observe;
 pub mod record;
 pub mod restore;

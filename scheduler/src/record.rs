@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tidepool_proto::{DomainId, Epoch, SandboxId, TreeId};
 use tidepool_sandbox::SandboxSpec;
 
-use crate::error::{Context, HostError, Result};
+use crate::error::{Context, HostError, Result, chain};
 use crate::keys::write_synced;
 use crate::observe::MemoryFiles;
 
@@ -96,22 +96,10 @@ impl SandboxDir {
     }
 }
 
-/// Removes a directory that a sandbox may have filled, immutable and append-only files included.
+/// Removes a directory that a sandbox may have filled, immutable files included. Done where it is absent.
 pub fn remove_tree(path: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Ok(()) => return Ok(()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(_) => {}
+    if !path.exists() {
+        return Ok(());
     }
-    // Flags that forbid removal are rare: only now is it worth a walk.
-    let _ = std::process::Command::new("chattr")
-        .args(["-R", "-f", "-i", "-a"])
-        .arg(path)
-        .output();
-    match std::fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).context(format!("removing {}", path.display()))
-        }
-        _ => Ok(()),
-    }
+    tidepool_fs::restore::remove_tree(path).map_err(|e| HostError::failed(chain(&e)))
 }

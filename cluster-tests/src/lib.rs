@@ -3,7 +3,7 @@
 //! A [`TestHost`] owns everything it starts; dropping it removes every sandbox, ends the daemon and deletes its state, also when the test
 //! failed or the daemon was killed. Nothing is shared between two of them but the machine.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -61,6 +61,8 @@ pub struct TestHost {
     daemon: Option<Child>,
     /// Used instead of the CRIU that is installed.
     criu: Option<PathBuf>,
+    /// More of the daemon's options.
+    options: Vec<OsString>,
     /// A file system of its own for the state, in MiB.
     disk: Option<u64>,
 }
@@ -118,6 +120,15 @@ impl TestHost {
         host
     }
 
+    /// Starts a daemon with the small image and these options.
+    pub fn with_options(options: impl IntoIterator<Item = OsString>) -> Self {
+        let mut host = Self::idle();
+        host.options = options.into_iter().collect();
+        host.start();
+        host.import_small();
+        host
+    }
+
     /// Starts a daemon with the small image and its state on an ext4 of this many MiB.
     pub fn with_disk(mib: u64) -> Self {
         let mut host = Self::idle();
@@ -154,6 +165,7 @@ impl TestHost {
             dir,
             daemon: None,
             criu: None,
+            options: Vec::new(),
             disk: None,
         }
     }
@@ -217,6 +229,7 @@ impl TestHost {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        command.args(&self.options);
         if let Some(criu) = self.criu.clone().or_else(criu) {
             command.arg("--criu").arg(criu);
         }

@@ -400,3 +400,35 @@ fn a_paused_sandbox_stands_still_and_goes_on() {
     );
     assert_eq!(text(&moved), "moves\n");
 }
+
+#[test]
+fn a_client_that_dies_with_its_input_does_not_block_the_sandbox() {
+    let host = TestHost::new();
+    host.create("a");
+    let mut child = host
+        .command(["exec", "-i", "a", "--", "sh", "-c", "cat > /root/typed"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    // Wait until the command runs: the sandbox has a second process.
+    let id = id(&host.cli(["sandbox", "show", "a"]).json());
+    while host.processes(&id).len() < 2 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let after = host.exec("a", "echo fine");
+    assert_eq!(text(&after), "fine\n");
+    let turns = host.cli(["turn", "list", "a"]).json();
+    let hung_up = turns
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|t| t["command"].as_str().unwrap_or_default().contains("typed"));
+    assert_eq!(
+        hung_up.expect("its turn is journaled")["status"]["signal"],
+        1
+    );
+}

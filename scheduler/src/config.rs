@@ -37,6 +37,19 @@ pub struct Config {
     #[arg(long, default_value = "default")]
     pub domain: String,
 
+    /// A store of its own process (`tidepool-store`) instead of the embedded one; may be given several times.
+    #[arg(
+        long,
+        env = "TIDEPOOL_STORE",
+        value_name = "ADDR",
+        requires = "store_identity"
+    )]
+    pub store: Vec<SocketAddr>,
+
+    /// The directory with this host's certificate for that store, as `tidepool-store issue-client` writes it.
+    #[arg(long, value_name = "DIR")]
+    pub store_identity: Option<PathBuf>,
+
     /// Where the embedded store listens (loopback: only this host uses it).
     #[arg(long, default_value = "127.0.0.1:0")]
     pub store_listen: SocketAddr,

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tidepool_proto::api::*;
 use tidepool_proto::turn::{ExitStatus, MAX_KEY, Output, TurnRecord};
 use tidepool_proto::{ErrorKind, TurnNo};
-use tidepool_sandbox::{ExitStatus as JobStatus, JobEvent, JobRequest};
+use tidepool_sandbox::{ExitStatus as JobStatus, JobEvent, JobRequest, SignalScope};
 use tokio::sync::mpsc;
 
 use crate::boundary::Cause;
@@ -139,8 +139,23 @@ impl Sandbox {
         };
         let _ = tx.send(started).await;
         let (mut out, mut err) = (Journal::default(), Journal::default());
+        let mut hung_up = false;
         let status = loop {
-            match job.events.recv().await {
+            let event = tokio::select! {
+                event = job.events.recv() => event,
+                () = tx.closed(), if request.stdin && !hung_up => {
+                    // Whoever was to type is gone: as when a terminal hangs up, or the command would wait, and every later exec behind it.
+                    hung_up = true;
+                    for done in [
+                        job.control.signal(libc::SIGHUP, SignalScope::Session).await,
+                        job.control.close_stdin().await,
+                    ] {
+                        done.unwrap_or_else(|e| tracing::debug!(error = %e, "a command could not be hung up"));
+                    }
+                    continue;
+                }
+            };
+            match event {
                 Some(JobEvent::Stdout { offset, data }) => {
                     out.push(offset, &data);
                     let _ = tx

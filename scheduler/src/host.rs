@@ -17,7 +17,7 @@ use tidepool_proto::{DomainId, ErrorKind, SandboxId};
 use tidepool_sandbox::{Runtime, RuntimeConfig};
 use tidepool_scheduler_core::pages::PageIndex;
 use tidepool_store::{Node, NodeConfig};
-use tidepool_store_client::{Client, ClientConfig};
+use tidepool_store_client::{Client, ClientConfig, ClientIdentity};
 use tokio::sync::Semaphore;
 
 use crate::config::Config;
@@ -47,7 +47,7 @@ pub struct Host {
     pub(crate) importing: tokio::sync::Mutex<()>,
     sandboxes: RwLock<BTreeMap<SandboxId, Arc<Sandbox>>>,
     warnings: Vec<String>,
-    /// Taken out at the end.
+    /// The embedded store; taken out at the end.
     node: tokio::sync::Mutex<Option<Node>>,
     started: Instant,
 }
@@ -121,6 +121,29 @@ pub async fn check(config: &Config) -> Result<()> {
     }
 }
 
+/// Reaches the store: another process's where one is named, else one in this process.
+async fn store(config: &Config, state: &StateDir) -> Result<(Client, Option<Node>)> {
+    let failed =
+        |doing: &str, e: &dyn std::error::Error| HostError::failed(format!("{doing}: {e}"));
+    if let Some(dir) = config
+        .store_identity
+        .as_ref()
+        .filter(|_| !config.store.is_empty())
+    {
+        let identity =
+            ClientIdentity::load(dir).map_err(|e| failed("the store's certificate", &e))?;
+        let client = Client::connect(ClientConfig::new(config.store.clone(), identity)).await?;
+        return Ok((client, None));
+    }
+    let node = Node::start(NodeConfig {
+        listen: config.store_listen,
+        ..NodeConfig::embedded(state.store())
+    });
+    let node = node.await.map_err(|e| failed("starting the store", &e))?;
+    let client = ClientConfig::new(vec![node.local_addr()], node.client_identity());
+    Ok((Client::connect(client).await?, Some(node)))
+}
+
 impl Host {
     /// Starts the daemon: state, store, inspector, runtime; then adopts what runs.
     pub async fn start(config: Config) -> Result<Arc<Self>> {
@@ -131,17 +154,7 @@ impl Host {
         let state = StateDir::open(&config.state_dir, config.image_gib, &config.dump_dir)?;
         let mut warnings: Vec<String> = state.note.iter().cloned().collect();
         let key = keys::load_or_create(&state.root().join("domain.key"))?;
-        let node = Node::start(NodeConfig {
-            listen: config.store_listen,
-            ..NodeConfig::embedded(state.store())
-        })
-        .await
-        .map_err(|e| HostError::failed(format!("starting the store: {}", chain(&e))))?;
-        let client = Client::connect(ClientConfig::new(
-            vec![node.local_addr()],
-            node.client_identity(),
-        ))
-        .await?;
+        let (client, node) = store(&config, &state).await?;
         // One control group a state directory, so that two daemons of one machine never meet.
         let tag = blake3::hash(state.root().as_os_str().as_encoded_bytes()).to_hex();
         let found = RuntimeConfig {
@@ -180,7 +193,7 @@ impl Host {
             importing: tokio::sync::Mutex::new(()),
             sandboxes: RwLock::default(),
             warnings,
-            node: tokio::sync::Mutex::new(Some(node)),
+            node: tokio::sync::Mutex::new(node),
             started: Instant::now(),
             state,
             config,
@@ -291,7 +304,14 @@ impl Host {
             kernel: self.compat.kernel.clone(),
             warnings: self.warnings.clone(),
             store: StoreStatus {
-                endpoint: "embedded".into(),
+                endpoint: match self.config.store.as_slice() {
+                    [] => "embedded".into(),
+                    addrs => addrs
+                        .iter()
+                        .map(ToString::to_string)
+                        .collect::<Vec<_>>()
+                        .join(", "),
+                },
                 chunks: store.chunks,
                 chunk_bytes: store.chunk_bytes,
                 ready: store.ready,

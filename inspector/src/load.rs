@@ -69,6 +69,9 @@ impl Hooks {
             let hook: &mut RawTracePoint = program(&mut ebpf, name)?;
             hook.load()
                 .map_err(|e| denied_or(e, &format!("the kernel does not accept program {name}")))?;
+            if options.leave_out.contains(&tracepoint) {
+                continue;
+            }
             hook.attach(tracepoint).map_err(|e| {
                 denied_or(
                     e,

@@ -31,6 +31,12 @@ pub struct SharedMapping {
 /// # Errors
 /// If the process may not be looked at.
 pub fn shared_writable_mappings(pid: u32) -> io::Result<Vec<SharedMapping>> {
+    let all: BTreeSet<_> = with_ranges(pid)?.into_iter().map(|(_, m)| m).collect();
+    Ok(all.into_iter().collect())
+}
+
+/// As [`shared_writable_mappings`], each with its address range as `/proc` writes it.
+pub(crate) fn with_ranges(pid: u32) -> io::Result<Vec<(String, SharedMapping)>> {
     let mut text = Vec::new();
     let read = fs::File::open(format!("/proc/{pid}/maps"))
         .and_then(|file| file.take(MAX_MAPS).read_to_end(&mut text));
@@ -44,7 +50,7 @@ pub fn shared_writable_mappings(pid: u32) -> io::Result<Vec<SharedMapping>> {
         }
         Err(e) => return Err(e),
     }
-    let mut found = BTreeSet::new();
+    let mut found = Vec::new();
     for line in text.split(|b| *b == b'\n') {
         let Some((range, name)) = shared_writable(line) else {
             continue;
@@ -62,13 +68,14 @@ pub fn shared_writable_mappings(pid: u32) -> io::Result<Vec<SharedMapping>> {
             Some(rest) => (rest.to_vec(), true),
             None => (name, false),
         };
-        found.insert(SharedMapping {
+        let mapping = SharedMapping {
             pid,
             path: PathBuf::from(OsString::from_vec(name)),
             deleted,
-        });
+        };
+        found.push((range.to_owned(), mapping));
     }
-    Ok(found.into_iter().collect())
+    Ok(found)
 }
 
 /// Shared writable file mappings of all processes of a sandbox, each path once (with one of its processes).

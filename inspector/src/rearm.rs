@@ -8,13 +8,19 @@
 //!
 //! Order: freeze, [`take`](crate::Inspector::take), re-arm every upper file that is dirty or mapped shared and writable,
 //! capture, thaw. Re-arming dirties nothing by itself: writeback of a frozen sandbox's file is this process's doing.
+//!
+//! What is mapped cannot always be found by the name it was mapped under: that name may be gone while the file has another (a second link,
+//! a nameless file linked later), or be another file's where something is mounted over it. So [`mapped`] looks at the mappings themselves.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
+
+use crate::mappings::{SharedMapping, with_ranges};
 
 /// At least one clock tick on every kernel (the longest is 10 ms).
 pub const TICK: Duration = Duration::from_millis(11);
@@ -47,17 +53,97 @@ pub fn paths<P: AsRef<Path>>(
         let path = path.as_ref();
         match beneath(root.as_fd(), path) {
             Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // Gone, or something else is where a directory of its path was.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) => {}
             Err(e) => failed.push((path.to_owned(), e)),
         }
     }
     Ok(failed)
 }
 
-fn beneath(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+/// Re-arms every file that these processes have mapped shared and writable, under whatever name, or none. `root` is how the mappings name
+/// the directory over which the sandbox's overlay is mounted: `/` where that is the root of its mount namespace.
+///
+/// A file that is found under its name in the upper costs as much as in [`paths`]; any other is synced through its mapping, which waits for the
+/// device. Answers what could not be re-armed, with the reason: treat every file as dirty at the next turn. Processes that are gone are fine.
+///
+/// # Errors
+/// If the upper directory cannot be opened, or the mappings of a process cannot be read.
+pub fn mapped(
+    upper: &Path,
+    root: &Path,
+    pids: impl IntoIterator<Item = u32>,
+) -> io::Result<Vec<(PathBuf, io::Error)>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let upper = rustix::fs::open(upper, flags, Mode::empty())?;
+    let mut failed = Vec::new();
+    let mut done = HashSet::new();
+    for pid in pids {
+        for (range, mapping) in with_ranges(pid)? {
+            match one_mapping(upper.as_fd(), root, &range, &mapping, &mut done) {
+                Ok(()) => {}
+                // Unmapped meanwhile, or the process is gone.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => failed.push((mapping.path, e)),
+            }
+        }
+    }
+    Ok(failed)
+}
+
+fn one_mapping(
+    upper: BorrowedFd<'_>,
+    root: &Path,
+    range: &str,
+    mapping: &SharedMapping,
+    done: &mut HashSet<(u64, u64)>,
+) -> io::Result<()> {
+    let link = format!("/proc/{}/map_files/{range}", mapping.pid);
+    let place = rustix::fs::open(link, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = rustix::fs::fstat(&place)?;
+    // What is no regular file has no pages of an upper; opening it could act.
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile
+        || !done.insert((stat.st_dev, stat.st_ino))
+    {
+        return Ok(());
+    }
+    let name = mapping.path.strip_prefix(root).ok();
+    if let Some(name) = name.filter(|_| !mapping.deleted) {
+        match open_beneath(upper, name) {
+            // The same number on another device is taken for the same file only where the name is the same too. A file that was
+            // copied up shows another number through the overlay than in the upper, and takes the long way.
+            Ok(found) if rustix::fs::fstat(&found)?.st_ino == stat.st_ino => {
+                return arm(found.as_fd());
+            }
+            _ => {}
+        }
+    }
+    let open = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(
+        format!("/proc/self/fd/{}", place.as_raw_fd()),
+        open,
+        Mode::empty(),
+    )?;
+    // Starting writeback of an overlay's file does nothing to the file below; syncing it does.
+    Ok(rustix::fs::fdatasync(&file)?)
+}
+
+fn open_beneath(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
-    let place = openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW, resolve)?;
-    let mode = query_change_time(place.as_fd())?;
+    openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW, resolve)
+}
+
+fn beneath(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    arm(open_beneath(root, path)?.as_fd())
+}
+
+/// Re-arms what an `O_PATH` descriptor stands for.
+fn arm(place: BorrowedFd<'_>) -> io::Result<()> {
+    let mode = query_change_time(place)?;
     if FileType::from_raw_mode(mode) != FileType::RegularFile {
         // Only regular files have pages to write back; opening a pipe or a device could block or act.
         return Ok(());

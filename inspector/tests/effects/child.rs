@@ -112,6 +112,11 @@ fn command(cx: &mut Cx, line: &str) -> Result<()> {
         }
         "map" => cx.map_new(rest),
         "store" => cx.store(),
+        "relink" => {
+            let (from, to) = rest.split_once(' ').context("relink FROM TO")?;
+            std::fs::hard_link(from, to)?;
+            Ok(std::fs::remove_file(from)?)
+        }
         "many" => {
             let (dir, count) = rest.split_once(' ').context("many DIR COUNT")?;
             std::fs::create_dir(dir)?;

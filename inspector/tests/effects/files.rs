@@ -118,6 +118,34 @@ pub(crate) fn stores_to_a_mapping_are_seen_after_rearm() -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn mappings_are_armed_again_under_other_names() -> Result<()> {
+    let mut watched = Watched::start(&InspectorOptions::default())?;
+    watched.sandbox.run("map f")?;
+    // The mapping shows a name that is gone; the file has another.
+    watched.sandbox.run("relink f g")?;
+    watched.sandbox.run("store")?;
+    let (upper, merged) = (watched.sandbox.upper(), watched.sandbox.merged());
+    let init = watched.sandbox.init();
+    for round in 0..50 {
+        watched.take()?;
+        let failed = rearm::mapped(&upper, &merged, [init])?;
+        ensure!(failed.is_empty(), "{failed:?}");
+        watched.wait_if_coarse();
+        ensure!(
+            watched.take()?.files.is_none(),
+            "re-arming itself shows as an effect"
+        );
+        watched.sandbox.run("store")?;
+        let dirty = watched.dirty_paths(&watched.take()?)?;
+        ensure!(dirty.contains("g"), "round {round}: {dirty:?}");
+    }
+    // And where a name is one, and a process is gone.
+    watched.sandbox.run("relink g f")?;
+    let failed = rearm::mapped(&upper, &merged, [init, u32::MAX >> 2])?;
+    ensure!(failed.is_empty(), "{failed:?}");
+    Ok(())
+}
+
 pub(crate) fn rearm_does_not_leave_the_upper() -> Result<()> {
     let dir = scratch()?;
     let upper = dir.path().join("upper");
@@ -135,7 +163,16 @@ pub(crate) fn rearm_does_not_leave_the_upper() -> Result<()> {
     )?;
     let failed = rearm::paths(
         &upper,
-        ["f", ".", "pipe", "gone", "up/outside", "../outside", "link"],
+        [
+            "f",
+            ".",
+            "pipe",
+            "gone",
+            "f/below",
+            "up/outside",
+            "../outside",
+            "link",
+        ],
     )?;
     let failed: BTreeSet<_> = failed
         .iter()

@@ -34,6 +34,10 @@ const TESTS: &[Test] = &[
         files::stores_to_a_mapping_are_seen_after_rearm,
     ),
     (
+        "mappings_are_armed_again_under_other_names",
+        files::mappings_are_armed_again_under_other_names,
+    ),
+    (
         "rearm_does_not_leave_the_upper",
         files::rearm_does_not_leave_the_upper,
     ),

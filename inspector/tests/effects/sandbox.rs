@@ -73,6 +73,11 @@ impl Sandbox {
         self.dir.path().join("upper")
     }
 
+    /// Where the overlay is mounted, inside.
+    pub(crate) fn merged(&self) -> PathBuf {
+        self.dir.path().join("merged")
+    }
+
     pub(crate) fn init(&self) -> u32 {
         self.init
     }

@@ -1,0 +1,20 @@
+//! The effect fuzzer: random programs of system calls in a sandbox, and at every turn boundary the question whether anything was missed.
+//!
+//! - [`script`] chooses what happens, from a seed; [`child`] does it, in processes of an own pid, mount and IPC namespace on an overlay;
+//! - [`run`] takes the boundaries as the daemon does, and compares at some of them;
+//! - [`truth`] is what is compared with: a walk with content hashes, the memory file system, processes with their memory;
+//! - [`breaks`] are errors made on purpose, each of which has to be caught.
+//!
+//! A missed change is one of: a capture of the dirty inodes whose tree is not that of a full capture; a change in the truth at a boundary that
+//! reported none; a process that changed and was not among those that ran. A turn without any change that was reported as one is counted.
+//!
+//! What is not here: processes that run across a boundary (freezing and dumps are tested elsewhere), and IPC objects (their existence alone counts).
+
+pub mod breaks;
+pub mod child;
+mod ops;
+pub mod rng;
+pub mod run;
+pub mod sandbox;
+pub mod script;
+pub mod truth;

@@ -1,0 +1,129 @@
+//! `tidepool-effect-fuzz --seeds 0..10 --turns 1000 --json`
+
+use std::ops::Range;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use tidepool_effect_fuzz::breaks::Break;
+use tidepool_effect_fuzz::run::{Counts, Look, seed};
+use tidepool_effect_fuzz::{child, sandbox};
+use tidepool_inspector::{Inspector, InspectorOptions};
+
+/// Looks for changes that the inspector misses. Needs root and eBPF.
+#[derive(Debug, Parser)]
+#[command(name = "tidepool-effect-fuzz")]
+struct Arguments {
+    /// Seeds to run, each in a sandbox of its own, such as 0..20.
+    #[arg(long, value_parser = range, default_value = "0..10")]
+    seeds: Range<u64>,
+    /// Turns of each seed.
+    #[arg(long, default_value_t = 200)]
+    turns: u64,
+    /// Which probes to use.
+    #[arg(long, value_enum, default_value_t = ProbeSet::Ext4)]
+    probe_set: ProbeSet,
+    /// Break the inspector in this way; a miss is then expected.
+    #[arg(long = "break", value_enum)]
+    broken: Option<Break>,
+    /// The last line is one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Go on with the next seed after a miss.
+    #[arg(long)]
+    keep_going: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ProbeSet {
+    /// eBPF programs on ext4's tracepoints.
+    Ext4,
+    /// No eBPF: a walk of everything at every boundary.
+    Walk,
+}
+
+fn range(text: &str) -> Result<Range<u64>, String> {
+    let (from, to) = text.split_once("..").ok_or("not of the form 0..20")?;
+    let number = |s: &str| s.parse::<u64>().map_err(|e| e.to_string());
+    Ok(number(from)?..number(to)?)
+}
+
+fn main() -> ExitCode {
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|a| a == sandbox::FLAG) {
+        let dir = words.next().unwrap_or_default();
+        return child::run(Path::new(&dir));
+    }
+    match fuzz(&Arguments::parse()) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("tidepool-effect-fuzz: {e:?}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn fuzz(arguments: &Arguments) -> Result<u64> {
+    let leave_out = arguments.broken.map_or(&[][..], Break::leave_out);
+    let inspector = match arguments.probe_set {
+        ProbeSet::Walk => None,
+        ProbeSet::Ext4 => Some(
+            Inspector::load(&InspectorOptions {
+                leave_out,
+                ..InspectorOptions::default()
+            })
+            .context("loading the inspector")?,
+        ),
+    };
+    let probe_set = inspector.as_ref().map_or("walk", Inspector::probe_set);
+    let look = Look {
+        inspector: inspector.as_ref(),
+        broken: arguments.broken,
+    };
+    let (mut counts, mut missed) = (Counts::default(), 0u64);
+    let start = Instant::now();
+    for number in arguments.seeds.clone() {
+        let Some(miss) = seed(&look, number, arguments.turns, &mut counts)? else {
+            continue;
+        };
+        missed += 1;
+        println!(
+            "MISSED: seed {}, turn {}: {}",
+            miss.seed, miss.turn, miss.what
+        );
+        miss.lines.iter().for_each(|line| println!("    {line}"));
+        if !arguments.keep_going {
+            break;
+        }
+    }
+    let rate = counts.false_positives as f64 / counts.clean.max(1) as f64;
+    if arguments.json {
+        let line = serde_json::json!({
+            "turns": counts.turns,
+            "missed": missed,
+            "false_positive_rate": rate,
+            "probe_set": probe_set,
+            "checked": counts.checked,
+            "operations": counts.operations,
+            "operations_done": counts.done,
+            "clean_turns": counts.clean,
+            "false_positives": counts.false_positives,
+            "clean_but_captured": counts.looked_twice,
+            "full_walks": counts.full_walks,
+            "seconds": start.elapsed().as_secs(),
+        });
+        println!("{line}");
+    } else {
+        println!(
+            "{probe_set}: {} turns, {missed} missed, {} of {} clean turns reported as changes; {} s",
+            counts.turns,
+            counts.false_positives,
+            counts.clean,
+            start.elapsed().as_secs()
+        );
+    }
+    Ok(missed)
+}

@@ -22,6 +22,7 @@ mod inspector;
 mod load;
 mod mappings;
 mod pending;
+mod procfs;
 mod raw;
 pub mod rearm;
 mod support;
@@ -36,6 +37,7 @@ pub use effects::{
 pub use error::InspectorError;
 pub use inspector::{Activity, Inspector, InspectorOptions};
 pub use mappings::{SharedMapping, shared_writable_mappings, shared_writable_mappings_of};
+pub use procfs::tasks_from_proc;
 pub use support::{pid_ns_inode, supports};
 pub use tasks::{RanBecause, TaskInfo, TaskRan, TaskTable};
 pub use thaw::{Thaw, ThawBecause, ThawRan};

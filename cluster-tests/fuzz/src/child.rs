@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-use crate::ops::Held;
+use crate::ops::{ELSEWHERE, Held};
 use crate::script::SLOTS;
 
 /// How long one operation may take; only to end a hang.
@@ -50,15 +50,16 @@ fn stage(dir: &Path) -> Result<()> {
         at("work")
     );
     let data = std::ffi::CString::new(data)?;
-    // noatime, as sandboxes are mounted: reading must not look like a change.
+    // noatime, as sandboxes are mounted: reading must not look like a change. nodev: a name that is a device now may be written to next.
     mount(
         "tp-overlay",
         dir.join("merged"),
         "overlay",
-        MountFlags::NOATIME,
+        MountFlags::NOATIME | MountFlags::NODEV,
         data.as_c_str(),
     )
     .context("mounting the overlay")?;
+    rustix::mount::mount_bind(dir.join("merged"), ELSEWHERE).context("mounting it elsewhere")?;
     mount("tp-shm", "/dev/shm", "tmpfs", MountFlags::NOATIME, None).context("mounting tmpfs")?;
     std::env::set_current_dir(dir.join("merged"))?;
 

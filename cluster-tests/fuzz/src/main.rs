@@ -28,6 +28,9 @@ struct Arguments {
     /// Break the inspector in this way; a miss is then expected.
     #[arg(long = "break", value_enum)]
     broken: Option<Break>,
+    /// Inodes that may be dirty at a time; few make the inspector overflow, after which everything is walked.
+    #[arg(long, default_value_t = InspectorOptions::default().max_dirty_inodes)]
+    max_dirty_inodes: u32,
     /// The last line is one JSON object.
     #[arg(long)]
     json: bool,
@@ -73,6 +76,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
         ProbeSet::Ext4 => Some(
             Inspector::load(&InspectorOptions {
                 leave_out,
+                max_dirty_inodes: arguments.max_dirty_inodes,
                 ..InspectorOptions::default()
             })
             .context("loading the inspector")?,
@@ -111,6 +115,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
             "operations_done": counts.done,
             "clean_turns": counts.clean,
             "false_positives": counts.false_positives,
+            "false_positives_files": counts.false_files,
             "clean_but_captured": counts.looked_twice,
             "full_walks": counts.full_walks,
             "seconds": start.elapsed().as_secs(),

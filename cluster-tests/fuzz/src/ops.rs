@@ -13,6 +13,8 @@ use rustix::fs::{AtFlags, CWD, IFlags, Mode, OFlags, RenameFlags, Timespec, Time
 use crate::child::last;
 use crate::script::HELD;
 
+/// Where the overlay is mounted a second time, inside.
+pub(crate) const ELSEWHERE: &str = "/mnt";
 /// Bytes of each mapping.
 const MAPPED: usize = 8192;
 
@@ -124,6 +126,18 @@ impl Held {
             "close" => self.files[slot(1)?] = None,
             "fsync" => rw(word(1)?)?.sync_all()?,
             "map" => self.map(slot(1)?, rw(word(2)?)?)?,
+            "mapelsewhere" => self.map(slot(1)?, rw(&format!("{ELSEWHERE}/{}", word(2)?))?)?,
+            "device" => {
+                let path = CString::new(word(1)?)?;
+                // Null, zero or full: nothing that could act, even where the mount did not forbid its use.
+                let minor = number(2)? as u32;
+                ensure!(matches!(minor, 3 | 5 | 7), "not that device");
+                let device = libc::makedev(1, minor);
+                // SAFETY: a terminated string that outlives the call.
+                let answer = unsafe { libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o600, device) };
+                ensure!(answer == 0, "{}", last());
+            }
+            "socket" => drop(std::os::unix::net::UnixListener::bind(word(1)?)?),
             "mapheld" => {
                 let file = self.file(slot(2)?)?.try_clone()?;
                 self.map(slot(1)?, file)?;

@@ -1,7 +1,8 @@
 //! One seed: turns, the daemon's look and capture at each boundary, and the comparison with the truth.
 //!
 //! A boundary does what the daemon does: tasks, then [`Inspector::take`]; where files were dirtied, [`rearm::mapped`] for what is mapped shared and writable, then a capture
-//! of the dirty inodes upon the index of the last one (of everything where nothing can be ruled out); the memory file system by its contents.
+//! of the dirty inodes upon the index of the last one (of everything where nothing can be ruled out); the memory file system by its contents. Without
+//! eBPF the tasks come from `/proc`, and every capture is a full one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -11,14 +12,14 @@ use tidepool_fs::capture::{self, CaptureOptions};
 use tidepool_fs::{Captured, DirtyInode, NullSink, TreeIndex};
 use tidepool_inspector::{
     FileEffects, Inspector, SandboxSlot, Target, TaskTable, pid_ns_inode, rearm,
-    shared_writable_mappings,
+    shared_writable_mappings, tasks_from_proc,
 };
 use tidepool_proto::DomainKey;
 
 use crate::breaks::{Break, Broken};
 use crate::sandbox::Sandbox;
 use crate::script::{Kind, Script, Turn};
-use crate::truth::{ProcessId, Truth, differing, memory_files, pids};
+use crate::truth::{ProcessId, Truth, differing, memory_files};
 
 /// What was counted, over any number of seeds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,6 +34,8 @@ pub struct Counts {
     pub clean: u64,
     /// Of those, so many were reported as a change.
     pub false_positives: u64,
+    /// Of these, so many for their files.
+    pub false_files: u64,
     /// Of the clean ones, so many were captured before that was known.
     pub looked_twice: u64,
     /// Captures that walked everything.
@@ -159,6 +162,7 @@ impl Seed<'_> {
                 let reported = &self.reported;
                 let any = reported.files || reported.memory_files || !reported.processes.is_empty();
                 self.counts.false_positives += u64::from(any);
+                self.counts.false_files += u64::from(reported.files);
                 if any && std::env::var_os("TP_FUZZ_SHOW").is_some() {
                     eprintln!(
                         "seed {seed}, turn {number}: files {}, memory files {}, processes {:?}: {:?} {:?}",
@@ -180,18 +184,19 @@ impl Seed<'_> {
 
     /// A turn's end, as the daemon takes it. Answers whether files were captured.
     fn boundary(&mut self) -> Result<bool> {
-        let (tasks, mut files) = match (self.look.inspector, self.slot) {
-            (Some(inspector), Some(slot)) => {
-                let tasks = settled(inspector, slot, self.sandbox.init())?;
-                let effects = inspector.take(slot)?;
-                (Some(tasks), effects.files)
-            }
-            _ => {
-                let reason = "nothing watches this sandbox".to_owned();
-                (None, FileEffects::Everything { reason })
-            }
+        let tasks = self.settled()?;
+        let mut files = match (self.look.inspector, self.slot) {
+            (Some(inspector), Some(slot)) => inspector.take(slot)?.files,
+            _ => FileEffects::Everything {
+                reason: "nothing watches this sandbox".into(),
+            },
         };
-        self.processes(tasks)?;
+        if self.look.broken != Some(Break::NoProcesses) {
+            let ran = tasks.ran_since(&self.tasks);
+            let others = ran.iter().filter(|r| r.task.tgid != self.sandbox.init());
+            self.reported.processes.extend(others.map(|r| r.task.tgid));
+        }
+        self.tasks = tasks;
 
         let memory = memory_files(self.sandbox.init())?;
         if memory != self.memory && self.look.broken != Some(Break::NoTmpfs) {
@@ -208,7 +213,8 @@ impl Seed<'_> {
         }
         let before = self.index.take();
         let captured = self.capture(before.as_ref(), &files)?;
-        if captured.full_walk.is_some() {
+        let all = matches!(files, FileEffects::Everything { .. });
+        if all || captured.full_walk.is_some() {
             self.counts.full_walks += 1;
         }
         if before.is_none_or(|b| b.tree() != captured.tree) {
@@ -218,21 +224,26 @@ impl Seed<'_> {
         Ok(true)
     }
 
-    fn processes(&mut self, tasks: Option<TaskTable>) -> Result<()> {
-        let Some(tasks) = tasks else {
-            // Without counters every living process may have run, and any may have ended.
-            let before = self.truth.processes.keys().map(|(pid, _)| *pid);
-            self.reported.processes.extend(before);
-            self.reported.processes.extend(pids(self.sandbox.init())?);
-            return Ok(());
-        };
-        if self.look.broken != Some(Break::NoProcesses) {
-            let ran = tasks.ran_since(&self.tasks);
-            let others = ran.iter().filter(|r| r.task.tgid != self.sandbox.init());
-            self.reported.processes.extend(others.map(|r| r.task.tgid));
+    fn tasks(&self) -> Result<TaskTable> {
+        Ok(match (self.look.inspector, self.slot) {
+            (Some(inspector), Some(slot)) => inspector.tasks(slot)?,
+            _ => tasks_from_proc(pid_ns_inode(self.sandbox.init())?)?,
+        })
+    }
+
+    /// The tasks once all but the first are at rest: after its answer a process still has to get into its next read.
+    fn settled(&self) -> Result<TaskTable> {
+        let mut before = self.tasks()?;
+        for _ in 0..10_000 {
+            let now = self.tasks()?;
+            let ran = now.ran_since(&before);
+            if ran.iter().all(|r| r.task.tgid == self.sandbox.init()) {
+                return Ok(now);
+            }
+            before = now;
+            std::thread::yield_now();
         }
-        self.tasks = tasks;
-        Ok(())
+        bail!("the sandbox does not come to rest")
     }
 
     fn rearm(&self) -> Result<()> {
@@ -313,19 +324,4 @@ fn of_others(turn: &Turn) -> bool {
 fn living(tasks: &TaskTable) -> BTreeSet<u32> {
     let living = tasks.tasks.iter().filter(|t| !t.exited);
     living.map(|t| t.tgid).collect()
-}
-
-/// The tasks once all but the first are at rest: after its answer a process still has to get into its next read.
-fn settled(inspector: &Inspector, slot: SandboxSlot, init: u32) -> Result<TaskTable> {
-    let mut before = inspector.tasks(slot)?;
-    for _ in 0..10_000 {
-        let now = inspector.tasks(slot)?;
-        let ran = now.ran_since(&before);
-        if ran.iter().all(|r| r.task.tgid == init) {
-            return Ok(now);
-        }
-        before = now;
-        std::thread::yield_now();
-    }
-    bail!("the sandbox does not come to rest")
 }

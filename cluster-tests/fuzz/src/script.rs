@@ -46,6 +46,8 @@ pub struct Script {
     next: Option<Kind>,
     /// The file last named: what happens to one file again and again is what goes wrong.
     recent: Option<String>,
+    /// Whether the truth is looked at seldom.
+    sparse: bool,
 }
 
 impl Script {
@@ -60,6 +62,7 @@ impl Script {
             made: 0,
             next: None,
             recent: None,
+            sparse: seed % 2 == 1,
         }
     }
 
@@ -91,7 +94,11 @@ impl Script {
             }
         }
         let quiet = kind == Kind::Quiet || next == Kind::Quiet;
-        let check = quiet || last || self.rng.one_in(5);
+        let check = match self.sparse {
+            true => self.rng.one_in(12),
+            false => quiet || self.rng.one_in(5),
+        };
+        let check = check || last;
         Turn { kind, lines, check }
     }
 
@@ -146,7 +153,10 @@ impl Script {
             true => *self.rng.pick(&DIRS[..4]),
             false => self.dir(),
         };
-        let name = *self.rng.pick(&NAMES);
+        let name = match self.rng.one_in(30) {
+            true => "odd\\012\u{e9}(deleted)",
+            false => *self.rng.pick(&NAMES),
+        };
         match dir {
             "." => name.to_owned(),
             dir => format!("{dir}/{name}"),
@@ -215,7 +225,7 @@ impl Script {
         let at = *self.rng.pick(&[0, 1, 100, 4000, 4096, 8000, 30_000]);
         let shm = *self.rng.pick(&["s0", "s1", "s2"]);
         self.made += 1;
-        match self.rng.below(74) {
+        match self.rng.below(78) {
             0..=4 => format!("write {f} {size} {byte}"),
             5 => format!("append {f} {size} {byte}"),
             6..=8 => format!("patch {f} {at} 7 {byte}"),
@@ -266,6 +276,9 @@ impl Script {
             70 => format!("shmmap {held} {shm}"),
             71 => format!("shmremove {shm}"),
             72 => format!("makedelete {dir}"),
+            73..=74 => format!("mapelsewhere {held} {f}"),
+            75 => format!("device {f} {}", *self.rng.pick(&[3, 5, 7])),
+            76 => format!("socket {f}"),
             _ => format!("chain {f} {byte}"),
         }
     }

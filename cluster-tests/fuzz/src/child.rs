@@ -182,6 +182,14 @@ fn serve(slots: &[Slot], held: &mut Held, slot: &Slot) -> Result<()> {
         let words: Vec<&str> = line.split(' ').collect();
         let answer = execute(slots, held, &words);
         say(slot.answers.1.as_raw_fd(), &answer)?;
+        if let ["loop", name] = words[..] {
+            let mut round = 0;
+            while !readable(slot.lines.0.as_raw_fd()) {
+                round += 1;
+                // Its directory may be gone, for example.
+                let _ = held.work_on(name, round);
+            }
+        }
     }
 }
 
@@ -222,7 +230,7 @@ fn signal(slot: &mut Slot, what: &str) -> Result<String> {
         let state = if stat.is_empty() { None } else { state };
         let there = match what {
             "stop" => state == Some('T'),
-            "continue" => state == Some('S'),
+            "continue" => state.is_some_and(|s| s != 'T'),
             _ => matches!(state, None | Some('Z')),
         };
         if there {
@@ -241,6 +249,16 @@ fn reap() {
     let mut status = 0;
     // SAFETY: `status` outlives the call.
     while unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) } > 0 {}
+}
+
+fn readable(fd: i32) -> bool {
+    let mut one = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one descriptor in an array of one.
+    unsafe { libc::poll(&raw mut one, 1, 0) == 1 }
 }
 
 fn read_line(fd: i32, limit: Option<Duration>) -> Result<String> {

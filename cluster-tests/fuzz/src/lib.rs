@@ -8,7 +8,9 @@
 //! A missed change is one of: a capture of the dirty inodes whose tree is not that of a full capture; a change in the truth at a boundary that
 //! reported none; a process that changed and was not among those that ran. A turn without any change that was reported as one is counted.
 //!
-//! What is not here: processes that run across a boundary (freezing and dumps are tested elsewhere), and IPC objects (their existence alone counts).
+//! Some processes work on through the turns and are stopped at each boundary, as the freezer would stop them.
+//!
+//! What is not here: thaws and dumps (the inspector tests its watches on them), and IPC objects (their existence alone counts).
 
 pub mod breaks;
 pub mod child;

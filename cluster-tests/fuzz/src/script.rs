@@ -42,12 +42,16 @@ pub struct Script {
     rng: Rng,
     alive: [bool; SLOTS],
     stopped: [bool; SLOTS],
+    /// Who works on without being told, all through the turns.
+    looping: [bool; SLOTS],
     made: u64,
     next: Option<Kind>,
     /// The file last named: what happens to one file again and again is what goes wrong.
     recent: Option<String>,
     /// Whether the truth is looked at seldom.
     sparse: bool,
+    /// Whether there are processes that work on. What they do between two lines depends on time, so such a seed replays in its lines only.
+    loops: bool,
 }
 
 impl Script {
@@ -59,22 +63,27 @@ impl Script {
             rng: Rng::new(seed),
             alive,
             stopped: [false; SLOTS],
+            looping: [false; SLOTS],
             made: 0,
             next: None,
             recent: None,
             sparse: seed % 2 == 1,
+            loops: seed % 4 >= 2,
         }
     }
 
     /// The next turn. `last` has it checked.
     pub fn turn(&mut self, last: bool) -> Turn {
-        let kind = self.next.take().unwrap_or(Kind::Busy);
+        let kind = match self.next.take() {
+            Some(Kind::Quiet) if !self.looping.contains(&true) => Kind::Quiet,
+            _ => Kind::Busy,
+        };
         let next = match self.rng.one_in(6) {
             true => Kind::Quiet,
             false => Kind::Busy,
         };
         self.next = Some(next);
-        let mut lines = Vec::new();
+        let mut lines = self.all_looping("continue");
         match kind {
             Kind::Quiet => self.quiet(&mut lines),
             Kind::Busy => {
@@ -93,6 +102,8 @@ impl Script {
                 }
             }
         }
+        // As the freezer would, before the look.
+        lines.extend(self.all_looping("stop"));
         let quiet = kind == Kind::Quiet || next == Kind::Quiet;
         let check = match self.sparse {
             true => self.rng.one_in(12),
@@ -100,6 +111,11 @@ impl Script {
         };
         let check = check || last;
         Turn { kind, lines, check }
+    }
+
+    fn all_looping(&self, what: &str) -> Vec<String> {
+        let them = (1..SLOTS).filter(|k| self.looping[*k] && !self.stopped[*k]);
+        them.map(|k| format!("0 {what} {k}")).collect()
     }
 
     /// Directories and files to begin with, so that most operations find what they are for.
@@ -166,7 +182,7 @@ impl Script {
     /// A process that can be spoken to.
     fn slot(&mut self) -> usize {
         let can: Vec<usize> = (0..SLOTS)
-            .filter(|k| self.alive[*k] && !self.stopped[*k])
+            .filter(|k| self.alive[*k] && !self.stopped[*k] && !self.looping[*k])
             .collect();
         *self.rng.pick(&can)
     }
@@ -200,14 +216,23 @@ impl Script {
             self.stopped[k] = false;
             return Some(format!("0 continue {k}"));
         }
-        Some(match self.rng.below(4) {
+        if self.looping[k] && self.rng.one_in(3) {
+            self.looping[k] = false;
+            return Some(format!("{k} halt"));
+        }
+        Some(match self.rng.below(if self.looping[k] { 2 } else { 4 }) {
             0 => {
                 self.stopped[k] = true;
                 format!("0 stop {k}")
             }
             1 => {
                 self.alive[k] = false;
+                self.looping[k] = false;
                 format!("0 kill {k}")
+            }
+            2 if self.loops => {
+                self.looping[k] = true;
+                format!("{k} loop {k}")
             }
             2 => format!("{k} memory {}", self.rng.below(256)),
             _ => format!("{k} nothing"),

@@ -10,6 +10,7 @@ mod server;
 mod terminal;
 
 use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
@@ -27,6 +28,16 @@ fn tidepool<I: AsRef<OsStr>>(
         .arg(socket)
         .args(args)
         .stdin(Stdio::null());
+    // Whoever runs the tests in the background may have them ignored, and the program keeps what it is given.
+    // SAFETY: signal() is safe between fork and exec, and touches nothing of this process.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
     command
 }
 

@@ -44,7 +44,7 @@ impl Break {
 }
 
 /// The longest clock tick of the kernels in use, in nanoseconds.
-const TICK_NS: i64 = 4_000_000;
+const TICK_NS: i64 = 10_000_000;
 
 /// Spoils readings.
 pub(crate) struct Broken {

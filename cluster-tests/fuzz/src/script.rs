@@ -250,7 +250,7 @@ impl Script {
         let at = *self.rng.pick(&[0, 1, 100, 4000, 4096, 8000, 30_000]);
         let shm = *self.rng.pick(&["s0", "s1", "s2"]);
         self.made += 1;
-        match self.rng.below(78) {
+        match self.rng.below(80) {
             0..=4 => format!("write {f} {size} {byte}"),
             5 => format!("append {f} {size} {byte}"),
             6..=8 => format!("patch {f} {at} 7 {byte}"),
@@ -294,7 +294,9 @@ impl Script {
             59 => format!("close {held}"),
             60 => format!("map {held} {f}"),
             61 => format!("mapheld {held} {}", self.rng.below(HELD)),
-            62..=66 => format!("store {held} {at} {byte}"),
+            62..=64 => format!("store {held} {at} {byte}"),
+            // Where a chain has its mapping.
+            65..=66 => format!("store 3 {at} {byte}"),
             67 => format!("unmap {held}"),
             68 => format!("fsync {f}"),
             69 => format!("shmwrite {shm} {size} {byte}"),

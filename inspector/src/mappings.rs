@@ -31,12 +31,24 @@ pub struct SharedMapping {
 /// # Errors
 /// If the process may not be looked at.
 pub fn shared_writable_mappings(pid: u32) -> io::Result<Vec<SharedMapping>> {
-    let all: BTreeSet<_> = with_ranges(pid)?.into_iter().map(|(_, m)| m).collect();
+    let all = shared_mappings(pid)?.into_iter();
+    let all: BTreeSet<_> = all.filter(|m| m.writable).map(|m| m.mapping).collect();
     Ok(all.into_iter().collect())
 }
 
-/// As [`shared_writable_mappings`], each with its address range as `/proc` writes it.
-pub(crate) fn with_ranges(pid: u32) -> io::Result<Vec<(String, SharedMapping)>> {
+/// A shared mapping at its place.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    /// The address range as `/proc` writes it.
+    pub(crate) range: String,
+    /// Whether it can be stored to as it is. One that cannot may be given that right later, and pages that were stored to before then take
+    /// stores without an event.
+    pub(crate) writable: bool,
+    pub(crate) mapping: SharedMapping,
+}
+
+/// All shared file mappings of one process, writable or not; none if it is gone.
+pub(crate) fn shared_mappings(pid: u32) -> io::Result<Vec<Mapped>> {
     let mut text = Vec::new();
     let read = fs::File::open(format!("/proc/{pid}/maps"))
         .and_then(|file| file.take(MAX_MAPS).read_to_end(&mut text));
@@ -52,7 +64,7 @@ pub(crate) fn with_ranges(pid: u32) -> io::Result<Vec<(String, SharedMapping)>> 
     }
     let mut found = Vec::new();
     for line in text.split(|b| *b == b'\n') {
-        let Some((range, name)) = shared_writable(line) else {
+        let Some((range, writable, name)) = shared(line) else {
             continue;
         };
         // A newline in a name is shown as \012, just like a name that contains these four characters; the link tells.
@@ -73,7 +85,11 @@ pub(crate) fn with_ranges(pid: u32) -> io::Result<Vec<(String, SharedMapping)>> 
             path: PathBuf::from(OsString::from_vec(name)),
             deleted,
         };
-        found.push((range.to_owned(), mapping));
+        found.push(Mapped {
+            range: range.to_owned(),
+            writable,
+            mapping,
+        });
     }
     Ok(found)
 }
@@ -109,8 +125,8 @@ pub fn shared_writable_mappings_of(
     Ok(all)
 }
 
-/// The address range and the name of a line of a maps file, if it is a shared, writable mapping of a file.
-fn shared_writable(line: &[u8]) -> Option<(&str, &[u8])> {
+/// The address range of a line of a maps file, whether it is writable, and the name, if it is a shared mapping of a file.
+fn shared(line: &[u8]) -> Option<(&str, bool, &[u8])> {
     // range, permissions, offset, device, inode; then blanks; then the name, which may contain blanks.
     let mut rest = line;
     let mut fields = [&b""[..]; 5];
@@ -119,12 +135,13 @@ fn shared_writable(line: &[u8]) -> Option<(&str, &[u8])> {
         (*field, rest) = (&rest[..end], &rest[end + 1..]);
     }
     let permissions = fields[1];
-    if permissions.get(1) != Some(&b'w') || permissions.get(3) != Some(&b's') {
+    if permissions.get(3) != Some(&b's') {
         return None;
     }
+    let writable = permissions.get(1) == Some(&b'w');
     let name = rest.trim_ascii_start();
     name.starts_with(b"/").then_some(())?;
-    Some((std::str::from_utf8(fields[0]).ok()?, name))
+    Some((std::str::from_utf8(fields[0]).ok()?, writable, name))
 }
 
 #[cfg(test)]
@@ -132,26 +149,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_shared_writable_files_count() {
+    fn only_shared_files_count() {
         let line = b"7f0-7f1 rw-s 00000000 fe:00 1234                       /data/a b.db";
+        assert_eq!(shared(line), Some(("7f0-7f1", true, &b"/data/a b.db"[..])));
         assert_eq!(
-            shared_writable(line),
-            Some(("7f0-7f1", &b"/data/a b.db"[..]))
+            shared(b"7f0-7f1 r--s 00000000 fe:00 1234    /data/a"),
+            Some(("7f0-7f1", false, &b"/data/a"[..]))
         );
         for other in [
             &b"7f0-7f1 rw-p 00000000 fe:00 1234    /data/a"[..],
-            b"7f0-7f1 r--s 00000000 fe:00 1234    /data/a",
             b"7f0-7f1 rw-s 00000000 00:0e 1234    anon_inode:[io_uring]",
             b"7f0-7f1 rw-p 00000000 00:00 0 ",
             b"7f0-7f1",
             b"",
         ] {
-            assert_eq!(
-                shared_writable(other),
-                None,
-                "{:?}",
-                String::from_utf8_lossy(other)
-            );
+            assert_eq!(shared(other), None, "{:?}", String::from_utf8_lossy(other));
         }
     }
 

@@ -10,7 +10,8 @@
 //! capture, thaw. Re-arming dirties nothing by itself: writeback of a frozen sandbox's file is this process's doing.
 //!
 //! What is mapped cannot always be found by the name it was mapped under: that name may be gone while the file has another (a second link,
-//! a nameless file linked later), or be another file's where something is mounted over it. So [`mapped`] looks at the mappings themselves.
+//! a nameless file linked later), or be another file's where something is mounted over it. Nor is it enough to look at mappings that are writable
+//! now: what `mprotect` takes it gives back, and a dirty page is then writable again without a fault. So [`mapped`] looks at all shared mappings themselves.
 
 use std::collections::HashSet;
 use std::io;
@@ -20,7 +21,7 @@ use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
 
-use crate::mappings::{SharedMapping, with_ranges};
+use crate::mappings::{Mapped, shared_mappings};
 
 /// At least one clock tick on every kernel (the longest is 10 ms).
 pub const TICK: Duration = Duration::from_millis(11);
@@ -65,7 +66,7 @@ pub fn paths<P: AsRef<Path>>(
     Ok(failed)
 }
 
-/// Re-arms every file that these processes have mapped shared and writable, under whatever name, or none. `root` is how the mappings name
+/// Re-arms every file that these processes have mapped shared, under whatever name, or none, and whether it can be stored to now or only after an `mprotect`. `root` is how the mappings name
 /// the directory over which the sandbox's overlay is mounted: `/` where that is the root of its mount namespace.
 ///
 /// A file that is found under its name in the upper costs as much as in [`paths`]; any other is synced through its mapping, which waits for the
@@ -83,12 +84,12 @@ pub fn mapped(
     let mut failed = Vec::new();
     let mut done = HashSet::new();
     for pid in pids {
-        for (range, mapping) in with_ranges(pid)? {
-            match one_mapping(upper.as_fd(), root, &range, &mapping, &mut done) {
+        for mapped in shared_mappings(pid)? {
+            match one_mapping(upper.as_fd(), root, &mapped, &mut done) {
                 Ok(()) => {}
                 // Unmapped meanwhile, or the process is gone.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => failed.push((mapping.path, e)),
+                Err(e) => failed.push((mapped.mapping.path, e)),
             }
         }
     }
@@ -98,11 +99,11 @@ pub fn mapped(
 fn one_mapping(
     upper: BorrowedFd<'_>,
     root: &Path,
-    range: &str,
-    mapping: &SharedMapping,
+    mapped: &Mapped,
     done: &mut HashSet<(u64, u64)>,
 ) -> io::Result<()> {
-    let link = format!("/proc/{}/map_files/{range}", mapping.pid);
+    let mapping = &mapped.mapping;
+    let link = format!("/proc/{}/map_files/{}", mapping.pid, mapped.range);
     let place = rustix::fs::open(link, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let stat = rustix::fs::fstat(&place)?;
     // What is no regular file has no pages of an upper; opening it could act.

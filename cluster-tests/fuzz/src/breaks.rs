@@ -19,7 +19,7 @@ pub enum Break {
     Lru,
     /// Files mapped shared and writable are not armed again.
     NoRearm,
-    /// They are armed again by the name they are mapped under, which may be gone while the file has another.
+    /// Only those that are writable now, and by the name they are mapped under, which may be gone while the file has another.
     RearmByName,
     /// A second change of a file within a clock tick of the first is not seen, as where nothing makes the kernel take finer stamps.
     NoTickGuard,

@@ -18,12 +18,19 @@ pub(crate) const ELSEWHERE: &str = "/mnt";
 /// Bytes of each mapping.
 const MAPPED: usize = 8192;
 
+struct Mapped {
+    address: *mut u8,
+    /// A store past its end would end the process.
+    file: File,
+    /// So would a store while this is not so.
+    writable: bool,
+}
+
 /// What a process holds from one operation to the next. Inherited by the processes it makes.
 #[derive(Default)]
 pub(crate) struct Held {
     files: [Option<File>; HELD as usize],
-    /// Address, and the file: a store past its end would end the process.
-    maps: [Option<(*mut u8, File)>; HELD as usize],
+    maps: [Option<Mapped>; HELD as usize],
     memory: Vec<u8>,
 }
 
@@ -144,6 +151,13 @@ impl Held {
             }
             "store" => self.store(slot(1)?, number(2)? as usize, number(3)? as u8)?,
             "unmap" => self.unmap(slot(1)?),
+            "lock" => self.protect(slot(1)?, libc::PROT_READ)?,
+            "hide" => self.protect(slot(1)?, libc::PROT_NONE)?,
+            "unlockstore" => {
+                let at = slot(1)?;
+                self.protect(at, libc::PROT_READ | libc::PROT_WRITE)?;
+                self.store(at, number(2)? as usize, number(3)? as u8)?;
+            }
             "shmwrite" => fs::write(shm(word(1)?), noise(number(2)?, number(3)?))?,
             "shmmap" => self.map(slot(1)?, rw(&shm(word(2)?))?)?,
             "shmremove" => fs::remove_file(shm(word(1)?))?,
@@ -233,20 +247,36 @@ impl Held {
             )
         };
         ensure!(address != libc::MAP_FAILED, "{}", last());
-        self.maps[at] = Some((address.cast(), file));
+        self.maps[at] = Some(Mapped {
+            address: address.cast(),
+            file,
+            writable: true,
+        });
         Ok(())
     }
 
     fn unmap(&mut self, at: usize) {
-        if let Some((address, _)) = self.maps[at].take() {
+        if let Some(Mapped { address, .. }) = self.maps[at].take() {
             // SAFETY: the mapping was made with this length, and nothing refers to it any more.
             unsafe { libc::munmap(address.cast(), MAPPED) };
         }
     }
 
+    /// Takes the right to write from a mapping, or gives it back. Pages keep what they were meanwhile.
+    fn protect(&mut self, at: usize, protection: i32) -> Result<()> {
+        let mapped = self.maps[at].as_mut().context("nothing mapped")?;
+        // SAFETY: the mapping has this length, and nothing stores to it while it is not writable.
+        let answer = unsafe { libc::mprotect(mapped.address.cast(), MAPPED, protection) };
+        ensure!(answer == 0, "{}", last());
+        mapped.writable = protection & libc::PROT_WRITE != 0;
+        Ok(())
+    }
+
     fn store(&self, at: usize, offset: usize, byte: u8) -> Result<()> {
-        let (address, file) = self.maps[at].as_ref().context("nothing mapped")?;
+        let mapped = self.maps[at].as_ref().context("nothing mapped")?;
+        let (address, file) = (mapped.address, &mapped.file);
         let offset = offset % MAPPED;
+        ensure!(mapped.writable, "not writable");
         ensure!(file.metadata()?.len() > offset as u64, "past the end");
         // SAFETY: within the mapping, and within the file, which nobody else shortens: operations run one at a time.
         unsafe { address.add(offset).write_volatile(byte) };

@@ -250,7 +250,7 @@ impl Script {
         let at = *self.rng.pick(&[0, 1, 100, 4000, 4096, 8000, 30_000]);
         let shm = *self.rng.pick(&["s0", "s1", "s2"]);
         self.made += 1;
-        match self.rng.below(80) {
+        match self.rng.below(84) {
             0..=4 => format!("write {f} {size} {byte}"),
             5 => format!("append {f} {size} {byte}"),
             6..=8 => format!("patch {f} {at} 7 {byte}"),
@@ -306,6 +306,9 @@ impl Script {
             73..=74 => format!("mapelsewhere {held} {f}"),
             75 => format!("device {f} {}", *self.rng.pick(&[3, 5, 7])),
             76 => format!("socket {f}"),
+            77 => "lock 3".into(),
+            78 => "hide 3".into(),
+            79..=80 => format!("unlockstore 3 {at} {byte}"),
             _ => format!("chain {f} {byte}"),
         }
     }

@@ -112,6 +112,8 @@ fn command(cx: &mut Cx, line: &str) -> Result<()> {
         }
         "map" => cx.map_new(rest),
         "store" => cx.store(),
+        "protect" => cx.protect(libc::PROT_READ),
+        "unprotect" => cx.protect(libc::PROT_READ | libc::PROT_WRITE),
         "relink" => {
             let (from, to) = rest.split_once(' ').context("relink FROM TO")?;
             std::fs::hard_link(from, to)?;

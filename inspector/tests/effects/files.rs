@@ -139,6 +139,19 @@ pub(crate) fn mappings_are_armed_again_under_other_names() -> Result<()> {
         let dirty = watched.dirty_paths(&watched.take()?)?;
         ensure!(dirty.contains("g"), "round {round}: {dirty:?}");
     }
+    // A mapping that cannot be stored to at the moment.
+    for round in 0..50 {
+        watched.sandbox.run("store")?;
+        watched.sandbox.run("protect")?;
+        watched.take()?;
+        let failed = rearm::mapped(&upper, &merged, [init])?;
+        ensure!(failed.is_empty(), "{failed:?}");
+        watched.wait_if_coarse();
+        watched.sandbox.run("unprotect")?;
+        watched.sandbox.run("store")?;
+        let dirty = watched.dirty_paths(&watched.take()?)?;
+        ensure!(dirty.contains("g"), "protected, round {round}: {dirty:?}");
+    }
     // And where a name is one, and a process is gone.
     watched.sandbox.run("relink g f")?;
     let failed = rearm::mapped(&upper, &merged, [init, u32::MAX >> 2])?;

@@ -50,6 +50,15 @@ impl Cx {
         Ok(())
     }
 
+    /// Changes what may be done with the mapping.
+    pub(crate) fn protect(&mut self, protection: i32) -> Result<()> {
+        let at = self.map.context("nothing mapped")?;
+        // SAFETY: the mapping is 8192 bytes; it is not stored to before it is writable again.
+        let answer = unsafe { libc::mprotect(at.cast(), 8192, protection) };
+        ensure!(answer == 0, "mprotect: {}", io::Error::last_os_error());
+        Ok(())
+    }
+
     /// Stores another value into the first page of the mapping.
     pub(crate) fn store(&mut self) -> Result<()> {
         let at = self.map.context("nothing mapped")?;

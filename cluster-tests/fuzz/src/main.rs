@@ -34,6 +34,9 @@ struct Arguments {
     /// The last line is one JSON object.
     #[arg(long)]
     json: bool,
+    /// Print clean turns that were reported as changes.
+    #[arg(long)]
+    show_false_positives: bool,
     /// Go on with the next seed after a miss.
     #[arg(long)]
     keep_going: bool,
@@ -86,6 +89,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
     let look = Look {
         inspector: inspector.as_ref(),
         broken: arguments.broken,
+        show: arguments.show_false_positives,
     };
     let (mut counts, mut missed) = (Counts::default(), 0u64);
     let start = Instant::now();

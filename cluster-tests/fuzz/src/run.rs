@@ -57,6 +57,8 @@ pub struct Look<'a> {
     /// The eBPF programs, or none for a walk at every boundary.
     pub inspector: Option<&'a Inspector>,
     pub broken: Option<Break>,
+    /// Print clean turns that were reported as changes.
+    pub show: bool,
 }
 
 /// What was reported since the last comparison.
@@ -163,9 +165,9 @@ impl Seed<'_> {
                 let any = reported.files || reported.memory_files || !reported.processes.is_empty();
                 self.counts.false_positives += u64::from(any);
                 self.counts.false_files += u64::from(reported.files);
-                if any && std::env::var_os("TP_FUZZ_SHOW").is_some() {
-                    eprintln!(
-                        "seed {seed}, turn {number}: files {}, memory files {}, processes {:?}: {:?} {:?}",
+                if any && self.look.show {
+                    println!(
+                        "reported for nothing: seed {seed}, turn {number}: files {}, memory files {}, processes {:?}: {:?} {:?}",
                         reported.files,
                         reported.memory_files,
                         reported.processes,

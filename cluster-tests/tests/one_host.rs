@@ -383,7 +383,7 @@ fn a_paused_sandbox_stands_still_and_goes_on() {
     host.create("a");
     host.exec(
         "a",
-        "setsid sh -c 'while :; do date +%s%N > /root/now; sleep 0.02; done' >/dev/null 2>&1 &",
+        "setsid sh -c 'while :; do date +%s%N > /root/new; mv /root/new /root/now; sleep 0.02; done' >/dev/null 2>&1 &",
     );
     host.cli(["sandbox", "pause", "a"]).json();
     assert_eq!(host.cli(["exec", "a", "--", "true"]).code, 11);
@@ -396,7 +396,7 @@ fn a_paused_sandbox_stands_still_and_goes_on() {
     host.cli(["sandbox", "resume", "a"]).json();
     let moved = host.exec(
         "a",
-        "a=$(cat /root/now); sleep 0.3; test $a != $(cat /root/now) && echo moves",
+        "for i in $(seq 50); do a=$(cat /root/now); sleep 0.1; test \"$a\" != \"$(cat /root/now)\" && echo moves && exit; done",
     );
     assert_eq!(text(&moved), "moves\n");
 }

@@ -81,18 +81,14 @@ impl Host {
             self.runtime.resume(&name).await?;
         }
         let slot = self.watch(sandbox, &created)?;
-        let live = self
-            .live(name.clone(), created, slot, local.init_nonce)
-            .await;
+        let live = self.live(name.clone(), created, slot, local).await;
         if let Ok(live) = &live {
             self.forget_ended(sandbox, live, false).await?;
         }
         if paused {
             self.runtime.pause(&name).await?;
         }
-        let mut live = live?;
-        live.pristine = local.pristine;
-        inner.live = Some(live);
+        inner.live = Some(live?);
         let state = if paused {
             SandboxState::Paused
         } else {

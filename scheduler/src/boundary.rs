@@ -191,8 +191,8 @@ impl<'a> Boundary<'a> {
             image: record.image,
             upper,
             processes: processes.clone(),
-            spec: serde_json::to_vec(&record.spec).expect("a specification has only text keys"),
-            init_nonce: live.nonce,
+            spec: serde_json::to_vec(&live.local.spec).expect("a specification has only text keys"),
+            init_nonce: live.local.init_nonce,
             upper_bytes,
         });
         let encoded = manifest.as_ref().map(Manifest::encode);
@@ -243,13 +243,11 @@ impl<'a> Boundary<'a> {
             .commit(commit)
             .await
             .map_err(HostError::from)?;
-        if let Some(session) = session
-            && let Err(e) = host.transfer.client.end_session(session).await
-        {
-            // The pins end with the session's time; nothing is lost by their staying a while.
-            tracing::debug!(error = %e, "a session was not ended");
+        if let Some(session) = session {
+            let client = host.transfer.client.clone();
+            // Nobody has to wait for it. Where it fails the pins end with the session's time.
+            tokio::spawn(async move { client.end_session(session).await });
         }
-
         live.index = captured.map(|f| Arc::new(f.captured.index)).or(index);
         live.tasks = match settled {
             Some(settled) => settled.await?,

@@ -181,22 +181,30 @@ impl Host {
     ) -> Result<Live> {
         let name = runtime_name(sandbox.id)?;
         let layers = self.layers(&sandbox.record, &sandbox.dir, report).await?;
-        self.save_local(sandbox, epoch, nonce, false, None)?;
-        // A fresh init is this host's own.
-        let spec = SandboxSpec {
-            init: None,
-            ..sandbox.record.spec.clone()
+        let local = LocalRecord {
+            id: sandbox.id,
+            epoch,
+            paused: false,
+            init_nonce: nonce,
+            // A fresh init is this host's own.
+            spec: SandboxSpec {
+                init: Some(self.runtime.init_digest().to_owned()),
+                ..sandbox.record.spec.clone()
+            },
+            pristine: None,
         };
+        sandbox.dir.save(&local)?;
         let created = self
             .runtime
-            .create(&name, &spec, &layers, &self.init_key(&nonce))
+            .create(&name, &local.spec, &layers, &self.init_key(&nonce))
             .await?;
         let slot = self.watch(sandbox, &created)?;
         self.runtime.start(&name).await?;
-        let mut live = self.live(name, created, slot, nonce).await?;
+        let mut live = self.live(name, created, slot, local).await?;
         let pid = live.init_pid;
-        live.pristine = Some(tokio::task::spawn_blocking(move || MemoryFiles::read(pid)).await?);
-        self.save_local(sandbox, epoch, nonce, false, live.pristine.clone())?;
+        let memory = tokio::task::spawn_blocking(move || MemoryFiles::read(pid)).await?;
+        live.local.pristine = Some(memory);
+        sandbox.dir.save(&live.local)?;
         Ok(live)
     }
 
@@ -205,19 +213,19 @@ impl Host {
         name: SandboxName,
         created: Created,
         slot: Option<SandboxSlot>,
-        nonce: [u8; 32],
+        local: LocalRecord,
     ) -> Result<Live> {
-        let init = self.runtime.connect(&name, &self.init_key(&nonce)).await?;
+        let key = self.init_key(&local.init_nonce);
+        let init = self.runtime.connect(&name, &key).await?;
         Ok(Live {
             name,
             init_pid: created.init_pid as u32,
             init,
-            nonce,
+            local,
             slot,
             index: None,
             tasks: None,
             memory: None,
-            pristine: None,
         })
     }
 
@@ -268,23 +276,6 @@ impl Host {
         }
     }
 
-    pub(crate) fn save_local(
-        &self,
-        sandbox: &Sandbox,
-        epoch: Epoch,
-        init_nonce: [u8; 32],
-        paused: bool,
-        pristine: Option<MemoryFiles>,
-    ) -> Result<()> {
-        sandbox.dir.save(&LocalRecord {
-            id: sandbox.id,
-            epoch,
-            paused,
-            init_nonce,
-            pristine,
-        })
-    }
-
     /// Ends what runs of a sandbox here and removes its directory. Done where there is nothing.
     pub(crate) async fn tear_down(&self, sandbox: &Sandbox, inner: &mut Inner) -> Result<()> {
         if let Some(live) = inner.live.take()
@@ -319,21 +310,16 @@ impl Host {
     /// Freezes a sandbox or lets it go on.
     pub async fn set_paused(&self, which: &str, paused: bool) -> Result<SandboxInfo> {
         let sandbox = self.find(which)?;
-        let inner = sandbox.inner.lock().await;
+        let mut inner = sandbox.inner.lock().await;
         let state = sandbox.info().state;
-        let Some(live) = inner.live.as_ref().filter(|_| state != SandboxState::Dead) else {
+        let Some(live) = inner.live.as_mut().filter(|_| state != SandboxState::Dead) else {
             return Err(HostError::conflict(format!(
                 "{} does not run here",
                 sandbox.record.name
             )));
         };
-        self.save_local(
-            &sandbox,
-            inner.epoch,
-            live.nonce,
-            paused,
-            live.pristine.clone(),
-        )?;
+        live.local.paused = paused;
+        sandbox.dir.save(&live.local)?;
         match paused {
             true => self.runtime.pause(&live.name).await?,
             false => self.runtime.resume(&live.name).await?,

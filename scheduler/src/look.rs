@@ -204,7 +204,7 @@ pub(crate) fn observation(
         |other: &Option<MemoryFiles>| other.as_ref().is_some_and(|m| m.same_as(&look.memory));
     let mut processes = look.seen.clone();
     // Memory-backed files and IPC objects live in the process image: they need one even where only init lives.
-    let holds_memory = look.ipc || !same(&live.pristine);
+    let holds_memory = look.ipc || !same(&live.local.pristine);
     if holds_memory && processes.alive == Some(0) {
         processes.alive = Some(1);
     }

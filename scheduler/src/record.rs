@@ -50,7 +50,9 @@ pub struct LocalRecord {
     /// The init nonce of what runs here: after a fork it is that of the sandbox forked from.
     #[serde(with = "hex::serde")]
     pub init_nonce: [u8; 32],
-    /// The memory-backed files of the sandbox when it was started anew; none where it was restored with processes.
+    /// As it was started here, with the init program it runs: a restore of its processes needs the same.
+    pub spec: SandboxSpec,
+    /// Its memory-backed files when it was started anew: as long as they are these, a new start has them too. None where it was restored with processes.
     #[serde(default)]
     pub pristine: Option<MemoryFiles>,
 }

@@ -22,7 +22,7 @@ use crate::history::restore_error;
 use crate::host::{Host, now_ms};
 use crate::http::Reporter;
 use crate::life::runtime_name;
-use crate::record::SandboxRecord;
+use crate::record::{LocalRecord, SandboxRecord};
 use crate::sandbox::{Inner, Live, Sandbox};
 
 impl Host {
@@ -199,7 +199,6 @@ impl Host {
             .context("restoring process images")?;
         report.progress("restoring processes", 0, None);
         let layers = self.layers(&sandbox.record, dir, report).await?;
-        self.save_local(sandbox, inner.epoch, nonce, false, None)?;
         let name = runtime_name(sandbox.id)?;
         let spec: SandboxSpec = serde_json::from_slice(&manifest.spec).map_err(|e| {
             HostError::new(
@@ -207,7 +206,16 @@ impl Host {
                 format!("the checkpoint's specification cannot be read: {e}"),
             )
         })?;
-        let created = self.runtime.restore(&name, &spec, &layers, &images.path().join("images")).await.map_err(HostError::from).map_err(|e| {
+        let local = LocalRecord {
+            id: sandbox.id,
+            epoch: inner.epoch,
+            paused: false,
+            init_nonce: nonce,
+            spec,
+            pristine: None,
+        };
+        sandbox.dir.save(&local)?;
+        let created = self.runtime.restore(&name, &local.spec, &layers, &images.path().join("images")).await.map_err(HostError::from).map_err(|e| {
             let here = &self.compat;
             let from = &processes.compat;
             if (&here.kernel, &here.criu, &here.cpu_flags) == (&from.kernel, &from.criu, &from.cpu_flags) {
@@ -223,7 +231,7 @@ impl Host {
             ))
         })?;
         let slot = self.watch(sandbox, &created)?;
-        let mut live = self.live(name, created, slot, nonce).await?;
+        let mut live = self.live(name, created, slot, local).await?;
         // The images may have been another sandbox's: a fork's keys are its own.
         let forked = manifest.turn == TurnNo(1);
         self.forget_ended(sandbox, &live, forked).await?;

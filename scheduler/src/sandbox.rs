@@ -17,7 +17,7 @@ use tidepool_sandbox::{InitClient, JobControl, SandboxName};
 use crate::error::{HostError, Result};
 use crate::host::lock;
 use crate::observe::MemoryFiles;
-use crate::record::{SandboxDir, SandboxRecord};
+use crate::record::{LocalRecord, SandboxDir, SandboxRecord};
 
 /// A sandbox.
 pub struct Sandbox {
@@ -58,8 +58,8 @@ pub struct Live {
     pub(crate) name: SandboxName,
     pub(crate) init_pid: u32,
     pub(crate) init: InitClient,
-    /// What the init's key is derived from.
-    pub(crate) nonce: [u8; 32],
+    /// As its directory has it.
+    pub(crate) local: LocalRecord,
     /// None where nothing watches: every boundary walks and doubts.
     pub(crate) slot: Option<SandboxSlot>,
     /// The upper as of the last capture; none makes the next one walk it whole.
@@ -68,8 +68,6 @@ pub struct Live {
     pub(crate) tasks: Option<TaskTable>,
     /// Memory-backed files as of the last boundary.
     pub(crate) memory: Option<MemoryFiles>,
-    /// Those of a sandbox just started from its image: as long as they are these, a new start has them too.
-    pub(crate) pristine: Option<MemoryFiles>,
 }
 
 impl Sandbox {

@@ -248,7 +248,11 @@ impl<'a> Boundary<'a> {
             // Nobody has to wait for it. Where it fails the pins end with the session's time.
             tokio::spawn(async move { client.end_session(session).await });
         }
-        live.index = captured.map(|f| Arc::new(f.captured.index)).or(index);
+        live.index = match captured {
+            Some(files) if files.unarmed => None,
+            Some(files) => Some(Arc::new(files.captured.index)),
+            None => index,
+        };
         live.tasks = match settled {
             Some(settled) => settled.await?,
             None => look.tasks,

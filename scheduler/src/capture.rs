@@ -4,13 +4,12 @@
 //!
 //! Elsewhere on purpose: when and what to capture ([`crate::boundary`]), reading trees and cutting (`tidepool_fs`).
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidepool_fs::{CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, TreeIndex};
-use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch};
+use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch, rearm};
 use tidepool_proto::ChunkName;
 use tidepool_proto::api::{ChangeKind, PathChange, SandboxState};
 use tidepool_proto::manifest::ProcessImage;
@@ -36,6 +35,8 @@ pub(crate) struct Files {
     pub(crate) captured: Captured,
     /// What changed since the last capture; none where that is not known here.
     pub(crate) changes: Option<Vec<PathChange>>,
+    /// A mapped file may change unseen from now on: the next capture has to read everything.
+    pub(crate) unarmed: bool,
 }
 
 impl Boundary<'_> {
@@ -52,15 +53,13 @@ impl Boundary<'_> {
         let key = self.host.transfer.key.clone();
         let mut sink = upload.sink();
         let effects = effects.clone();
-        let mapped = self.mapped(live).await?;
+        let others = self.others(live).await?;
         tokio::task::spawn_blocking(move || {
-            let failed = tidepool_inspector::rearm::paths(&upper, &mapped)
+            let pids = others.into_iter().map(|pid| pid as u32);
+            let unarmed = rearm::mapped(&upper, Path::new("/"), pids)
                 .context("arming the hooks for mapped files again")?;
-            if let Some((path, e)) = failed.first() {
-                return Err(HostError::failed(format!(
-                    "arming the hooks for {}: {e}",
-                    path.display()
-                )));
+            for (path, e) in &unarmed {
+                tracing::warn!(path = %path.display(), error = %e, "a mapped file cannot be watched: the next turn reads all files");
             }
             let options = CaptureOptions::default();
             let captured = match (&index, effects) {
@@ -89,43 +88,39 @@ impl Boundary<'_> {
             };
             let changes = index.map(|before| captured.index.changes_since(&before, MAX_CHANGES));
             let changes = changes.filter(|c| !c.truncated).map(|c| c.changes);
-            Ok(Some(Files { captured, changes }))
+            Ok(Some(Files {
+                captured,
+                changes,
+                unarmed: !unarmed.is_empty(),
+            }))
         })
         .await?
     }
 
-    /// Files that living processes have mapped shared and writable, relative to the root.
-    async fn mapped(&self, live: &Live) -> Result<BTreeSet<PathBuf>> {
-        let held = self.held_files(live).await?;
-        Ok(held
-            .into_iter()
-            .filter(|h| {
-                matches!(
-                    h.hold,
-                    Hold::Mapped {
-                        shared_writable: true
-                    }
-                )
-            })
-            .filter_map(|h| h.path.strip_prefix("/").map(PathBuf::from).ok())
-            .collect())
-    }
-
-    async fn held_files(&self, live: &Live) -> Result<Vec<HeldFile>> {
-        let processes = self
+    /// Processes besides init.
+    async fn others(&self, live: &Live) -> Result<Vec<i32>> {
+        let all = self
             .host
             .runtime
             .processes(&live.name)
             .await
             .map_err(HostError::from)?;
-        let init_pid = live.init_pid;
+        let others = all
+            .iter()
+            .map(|p| p.pid)
+            .filter(|pid| *pid as u32 != live.init_pid);
+        Ok(others.collect())
+    }
+
+    async fn held_files(&self, live: &Live) -> Result<Vec<HeldFile>> {
+        let others = self.others(live).await?;
         let held = tokio::task::spawn_blocking(move || {
             let mut all = Vec::new();
-            for p in processes.iter().filter(|p| p.pid as u32 != init_pid) {
-                match tidepool_sandbox::open_files(p.pid) {
+            for pid in others {
+                match tidepool_sandbox::open_files(pid) {
                     Ok(held) => all.extend(held),
                     // Gone meanwhile; whether something ran is checked afterwards.
-                    Err(e) => tracing::debug!(pid = p.pid, error = %e, "a process is gone"),
+                    Err(e) => tracing::debug!(pid, error = %e, "a process is gone"),
                 }
             }
             all

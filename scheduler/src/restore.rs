@@ -200,12 +200,7 @@ impl Host {
         report.progress("restoring processes", 0, None);
         let layers = self.layers(&sandbox.record, dir, report).await?;
         let name = runtime_name(sandbox.id)?;
-        let spec: SandboxSpec = serde_json::from_slice(&manifest.spec).map_err(|e| {
-            HostError::new(
-                ErrorKind::Corruption,
-                format!("the checkpoint's specification cannot be read: {e}"),
-            )
-        })?;
+        let spec = spec_of(manifest)?;
         let local = LocalRecord {
             id: sandbox.id,
             epoch: inner.epoch,
@@ -272,12 +267,7 @@ impl Host {
                 })?
             }
         };
-        let spec: SandboxSpec = serde_json::from_slice(&manifest.spec).map_err(|e| {
-            HostError::new(
-                ErrorKind::Corruption,
-                format!("the checkpoint's specification cannot be read: {e}"),
-            )
-        })?;
+        let spec = spec_of(&manifest)?;
         let record = SandboxRecord {
             name: request.name,
             image_name: manifest.image_name.clone(),
@@ -373,4 +363,14 @@ impl Host {
             }
         }
     }
+}
+
+/// How the sandbox of a checkpoint was set up.
+fn spec_of(manifest: &Manifest) -> Result<SandboxSpec> {
+    serde_json::from_slice(&manifest.spec).map_err(|e| {
+        HostError::new(
+            ErrorKind::Corruption,
+            format!("the checkpoint's specification cannot be read: {e}"),
+        )
+    })
 }

@@ -50,8 +50,6 @@ pub struct Sent {
     pub bytes: u64,
     /// Chunks sent.
     pub chunks: u64,
-    /// Plaintext bytes offered.
-    pub offered: u64,
 }
 
 impl Transfer {
@@ -166,7 +164,6 @@ async fn send_all(
                 next = rx.try_recv().ok();
             }
         }
-        sent.offered += bytes as u64;
         used.store(true, Ordering::Relaxed);
         let names: Vec<ChunkName> = batch.iter().map(|(n, _)| *n).collect();
         let missing: HashSet<ChunkName> = transfer

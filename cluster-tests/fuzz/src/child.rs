@@ -4,7 +4,7 @@
 //! waits for its next line in a read of its own pipe. So between two turns all are at rest, and nothing depends on how they are scheduled.
 
 use std::fs::{self, File};
-use std::io::{PipeReader, PipeWriter, Write};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::Path;
 use std::process::ExitCode;
@@ -35,8 +35,11 @@ pub fn run(dir: &Path) -> ExitCode {
 fn stage(dir: &Path) -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // SAFETY: no pointers; this process has one thread.
-    let unshared =
-        unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC) };
+    let unshared = unsafe {
+        libc::unshare(
+            libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWNET,
+        )
+    };
     ensure!(unshared == 0, "unshare: {}", last());
     mount_change(
         "/",
@@ -61,6 +64,18 @@ fn stage(dir: &Path) -> Result<()> {
     .context("mounting the overlay")?;
     rustix::mount::mount_bind(dir.join("merged"), ELSEWHERE).context("mounting it elsewhere")?;
     mount("tp-shm", "/dev/shm", "tmpfs", MountFlags::NOATIME, None).context("mounting tmpfs")?;
+    fs::create_dir_all("/dev/mqueue")?;
+    mount(
+        "tp-queues",
+        "/dev/mqueue",
+        "mqueue",
+        MountFlags::empty(),
+        None,
+    )
+    .context("queues")?;
+    loopback_up()?;
+    // Signals that wait for ever, so that they can be sent to a process that does not run.
+    hold_back(libc::SIGUSR1)?;
     std::env::set_current_dir(dir.join("merged"))?;
 
     // SAFETY: this process has one thread, so the child is a whole one.
@@ -127,7 +142,10 @@ fn try_dispatch(slots: &mut [Slot], held: &mut Held, line: &str) -> Result<Strin
     let words: Vec<&str> = operation.split(' ').collect();
     let number = |at: usize| -> Result<usize> { Ok(words.get(at).context("number")?.parse()?) };
     if slot == 0 && matches!(words[0], "stop" | "continue" | "kill") {
-        return signal(slots.get_mut(number(1)?).context("slot")?, words[0]);
+        let slot = slots.get_mut(number(1)?).context("slot")?;
+        let outcome = signal(slot, words[0]);
+        held.pids[number(1)?] = slot.pid;
+        return outcome;
     }
     let answer = if slot == 0 {
         execute(slots, held, &words)
@@ -136,19 +154,48 @@ fn try_dispatch(slots: &mut [Slot], held: &mut Held, line: &str) -> Result<Strin
         say(it.lines.1.as_raw_fd(), operation)?;
         read_line(it.answers.0.as_raw_fd(), Some(PATIENCE)).context("HANG")?
     };
-    if words[0] == "fork"
+    if matches!(words[0], "fork" | "orphan")
         && let Some(pid) = answer.strip_prefix("pid ")
     {
         slots[number(1)?].pid = pid.parse()?;
+        held.pids[number(1)?] = slots[number(1)?].pid;
         return Ok("ok".into());
     }
     Ok(answer)
+}
+
+/// The loopback interface of a new network namespace.
+fn loopback_up() -> Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: all zeroes are a valid value; the name is short and terminated.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as _;
+    request.ifr_name[1] = b'o' as _;
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as i16;
+    // SAFETY: the structure outlives the call.
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    ensure!(answer == 0, "loopback: {}", last());
+    Ok(())
+}
+
+fn hold_back(signal: i32) -> Result<()> {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
+    let old = std::ptr::null_mut();
+    // SAFETY: the set is filled before it is used; the old one is not asked for.
+    let answer = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), signal);
+        libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), old)
+    };
+    ensure!(answer == 0, "{}", last());
+    Ok(())
 }
 
 /// Runs an operation in the process it was meant for.
 fn execute(slots: &[Slot], held: &mut Held, words: &[&str]) -> String {
     let outcome = match words {
         ["fork", k] => return fork(slots, held, k),
+        ["orphan", k] => return orphan(slots, held, k),
         ["bear", rest @ ..] => bear(held, rest),
         words => held.operate(words),
     };
@@ -163,15 +210,43 @@ fn fork(slots: &[Slot], held: &mut Held, k: &str) -> String {
     let Some(slot) = k.parse::<usize>().ok().and_then(|k| slots.get(k)) else {
         return "no such slot".into();
     };
-    // SAFETY: this process has one thread, so the child is a whole one.
+    // SAFETY: this process's other threads only wait, so the child can go on as it is.
     match unsafe { libc::fork() } {
         -1 => format!("fork: {}", last()),
         0 => {
+            held.without_threads();
             let _ = serve(slots, held, slot);
             // SAFETY: ends the child without running what its parent registered for its own end.
             unsafe { libc::_exit(1) }
         }
         pid => format!("pid {pid}"),
+    }
+}
+
+/// A process in slot `k` whose parent ends at once, so that it has another one.
+fn orphan(slots: &[Slot], held: &mut Held, k: &str) -> String {
+    let Ok((mut answer, mut teller)) = std::io::pipe() else {
+        return "no pipe".into();
+    };
+    // SAFETY: this process's other threads only wait, so the child can go on as it is.
+    match unsafe { libc::fork() } {
+        -1 => format!("fork: {}", last()),
+        0 => {
+            let said = fork(slots, held, k);
+            let _ = teller.write_all(said.as_bytes());
+            // SAFETY: ends the child without running what its parent registered for its own end.
+            unsafe { libc::_exit(0) }
+        }
+        between => {
+            drop(teller);
+            let mut status = 0;
+            // SAFETY: `status` outlives the call.
+            unsafe { libc::waitpid(between, &raw mut status, 0) };
+            // The new process has the other end too: one read is all there is.
+            let mut said = [0; 64];
+            let got = answer.read(&mut said).unwrap_or(0);
+            String::from_utf8_lossy(&said[..got]).into_owned()
+        }
     }
 }
 

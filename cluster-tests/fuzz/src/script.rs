@@ -18,6 +18,20 @@ const DIRS: [&str; 12] = [
 /// Names in each directory of the lower layer that has files.
 pub const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 
+/// Ways to do something and undo it.
+const WAYS: [&str; 10] = [
+    "file", "mkdir", "symlink", "fifo", "rename", "link", "xattr", "chmod", "times", "truncate",
+];
+/// Ways to change a mapped file that are no plain stores.
+const STORES: [&str; 6] = [
+    "move",
+    "remove",
+    "through-proc",
+    "by-reading",
+    "by-device",
+    "by-call",
+];
+
 /// What a turn is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -132,14 +146,34 @@ impl Script {
     }
 
     fn quiet(&mut self, lines: &mut Vec<String>) {
-        match self.rng.below(7) {
-            0 | 1 => {}
-            2 => lines.push("0 readall".into()),
-            3 => lines.push(format!("0 makedelete {}", self.dir())),
-            4 => lines.push(format!("0 touchrestore {}", self.path())),
-            5 => lines.push(format!("0 chmodrestore {}", self.path())),
-            _ => lines.push(format!("0 bear makedelete {}", self.dir())),
+        match self.rng.below(6) {
+            0 => {}
+            1 => lines.push("0 readall".into()),
+            2 => lines.push("0 bear program /usr/bin/true".into()),
+            3 => lines.push(format!("0 bear {}", self.passing())),
+            _ => lines.push(format!("0 {}", self.passing())),
         }
+    }
+
+    /// What changes nothing in the end.
+    fn passing(&mut self) -> String {
+        let (path, dir) = (self.path(), self.dir());
+        match self.rng.below(14) {
+            0 => format!("samebytes {path}"),
+            1 => format!("shm samebytes {}", self.memory_file()),
+            2 => format!("shm back {} {}", self.way(), self.memory_file()),
+            3 => format!("back times {path} ."),
+            _ => format!("back {} {path} {dir}", self.way()),
+        }
+    }
+
+    fn way(&mut self) -> &'static str {
+        self.rng.pick::<&'static str>(&WAYS)
+    }
+
+    fn memory_file(&mut self) -> &'static str {
+        self.rng
+            .pick::<&'static str>(&["s0", "s1", "s2", "sd", "sd/s3"])
     }
 
     fn dir(&mut self) -> &'static str {
@@ -248,9 +282,8 @@ impl Script {
             .rng
             .pick(&[0, 1, 40, 4095, 4096, 8192, 20_000, 100_000]);
         let at = *self.rng.pick(&[0, 1, 100, 4000, 4096, 8000, 30_000]);
-        let shm = *self.rng.pick(&["s0", "s1", "s2"]);
         self.made += 1;
-        match self.rng.below(84) {
+        match self.rng.below(104) {
             0..=4 => format!("write {f} {size} {byte}"),
             5 => format!("append {f} {size} {byte}"),
             6..=8 => format!("patch {f} {at} 7 {byte}"),
@@ -299,18 +332,46 @@ impl Script {
             65..=66 => format!("store 3 {at} {byte}"),
             67 => format!("unmap {held}"),
             68 => format!("fsync {f}"),
-            69 => format!("shmwrite {shm} {size} {byte}"),
-            70 => format!("shmmap {held} {shm}"),
-            71 => format!("shmremove {shm}"),
-            72 => format!("makedelete {dir}"),
+            69..=70 => format!("shmmap {held} {}", *self.rng.pick(&["s0", "s1", "s2"])),
+            71..=72 => format!("behind {f} {byte}"),
             73..=74 => format!("mapelsewhere {held} {f}"),
             75 => format!("device {f} {}", *self.rng.pick(&[3, 5, 7])),
             76 => format!("socket {f}"),
             77 => "lock 3".into(),
             78 => "hide 3".into(),
             79..=80 => format!("unlockstore 3 {at} {byte}"),
-            _ => format!("chain {f} {byte}"),
+            81..=83 => format!("chain {f} {byte}"),
+            84..=85 => self.passing(),
+            86..=88 => format!("mapped {} {held} {byte}", *self.rng.pick(&STORES)),
+            89..=90 => format!("mapped {} 3 {byte}", *self.rng.pick(&STORES)),
+            91 => format!("heldxattr {held} {byte}"),
+            92 => "program /usr/bin/true".into(),
+            _ => self.in_memory(),
         }
+    }
+
+    /// On the memory file system.
+    fn in_memory(&mut self) -> String {
+        let (name, other) = (self.memory_file(), self.memory_file());
+        let byte = 1 + self.rng.below(255);
+        let size = *self.rng.pick(&[0, 40, 8192, 20_000]);
+        let what = match self.rng.below(18) {
+            0..=2 => format!("write {name} {size} {byte}"),
+            3..=4 => format!("patch {name} {} {byte}", *self.rng.pick(&[0, 100, 4096])),
+            5 => format!("truncate {name} {size}"),
+            6 => format!("remove {name}"),
+            7 => "mkdir sd".into(),
+            8 => format!("rename {name} {other}"),
+            9 => format!("link {name} {other}"),
+            10 => format!("symlink {byte} {other}"),
+            11 => format!("chmod {name} {}", 0o400 + self.rng.below(0o400)),
+            12 => format!("chown {name} {}", self.rng.below(3)),
+            13 => format!("utimes {name} {}", 1_000_000 + self.rng.below(1000)),
+            14 => format!("xattr {name} v{byte}"),
+            15..=16 => format!("behind {name} {byte}"),
+            _ => format!("post {}", byte % 2),
+        };
+        format!("shm {what}")
     }
 }
 

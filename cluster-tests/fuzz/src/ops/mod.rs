@@ -1,37 +1,41 @@
 //! The operations, as a process of the sandbox carries them out. Errors are part of the program: most come from names that are not there.
 
+mod files;
+mod ipc;
+mod maps;
+mod memory;
+mod others;
+mod own;
+
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{AtFlags, CWD, IFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps};
+use rustix::fs::{AtFlags, CWD, IFlags, Mode, OFlags, RenameFlags};
 
+use self::files::{
+    acl, behind_times, direct, fifo, noise, read_all, renameat, ro, rw, same_bytes, set_xattr, shm,
+    splice, there_and_back, utimes, write_all,
+};
+use self::maps::Mapped;
 use crate::child::last;
-use crate::script::HELD;
+use crate::script::{HELD, SLOTS};
 
 /// Where the overlay is mounted a second time, inside.
 pub(crate) const ELSEWHERE: &str = "/mnt";
-/// Bytes of each mapping.
-const MAPPED: usize = 8192;
-
-struct Mapped {
-    address: *mut u8,
-    /// A store past its end would end the process.
-    file: File,
-    /// So would a store while this is not so.
-    writable: bool,
-}
-
 /// What a process holds from one operation to the next. Inherited by the processes it makes.
 #[derive(Default)]
 pub(crate) struct Held {
     files: [Option<File>; HELD as usize],
     maps: [Option<Mapped>; HELD as usize],
     memory: Vec<u8>,
+    own: own::Own,
+    /// Of the slots. Only the first process's is up to date, and what it makes at a time.
+    pub(crate) pids: [i32; SLOTS],
 }
 
 impl Held {
@@ -39,6 +43,15 @@ impl Held {
         let word = |i: usize| words.get(i).copied().context("too few words");
         let number = |i: usize| -> Result<u64> { Ok(word(i)?.parse()?) };
         let slot = |i: usize| -> Result<usize> { Ok((number(i)? % HELD) as usize) };
+        match words {
+            ["shm", rest @ ..] => return memory::operate(rest),
+            ["mount", rest @ ..] => return memory::mounts(rest),
+            ["ipc", rest @ ..] => return ipc::operate(rest),
+            ["own", rest @ ..] => return self.own(rest),
+            ["other", rest @ ..] => return others::operate(&self.pids, rest),
+            ["back", what, path, dir] => return there_and_back(what, path, dir),
+            _ => {}
+        }
         match word(0)? {
             "nothing" | "loop" | "halt" => {}
             "memory" => self.memory = vec![number(1)? as u8; 20_000],
@@ -77,12 +90,7 @@ impl Held {
                 rustix::fs::copy_file_range(&from, None, &to, None, 5000)?;
             }
             "symlink" => symlink(word(1)?, word(2)?)?,
-            "fifo" => {
-                let path = CString::new(word(1)?)?;
-                // SAFETY: a terminated string that outlives the call.
-                let answer = unsafe { libc::mkfifo(path.as_ptr(), 0o644) };
-                ensure!(answer == 0, "{}", last());
-            }
+            "fifo" => fifo(word(1)?)?,
             "mkdir" => fs::create_dir_all(word(1)?)?,
             "rmdir" => fs::remove_dir(word(1)?)?,
             "removetree" => {
@@ -158,23 +166,21 @@ impl Held {
                 self.protect(at, libc::PROT_READ | libc::PROT_WRITE)?;
                 self.store(at, number(2)? as usize, number(3)? as u8)?;
             }
-            "shmwrite" => fs::write(shm(word(1)?), noise(number(2)?, number(3)?))?,
             "shmmap" => self.map(slot(1)?, rw(&shm(word(2)?))?)?,
-            "shmremove" => fs::remove_file(shm(word(1)?))?,
-            "makedelete" => {
-                let path = format!("{}/gone-again", word(1)?);
-                fs::write(&path, b"for a moment")?;
-                fs::remove_file(path)?;
+            "samebytes" => same_bytes(word(1)?)?,
+            "behind" => behind_times(word(1)?, number(2)? as u8)?,
+            "mapped" => self.change_mapped(word(1)?, slot(2)?, number(3)? as u8)?,
+            "heldxattr" => {
+                let value = [number(2)? as u8];
+                let flags = rustix::fs::XattrFlags::empty();
+                rustix::fs::fsetxattr(self.file(slot(1)?)?, "user.k1", &value, flags)?;
             }
-            "touchrestore" => {
-                let meta = fs::symlink_metadata(word(1)?)?;
-                utimes(word(1)?, "77")?;
-                set_times(word(1)?, meta.mtime(), meta.mtime_nsec())?;
-            }
-            "chmodrestore" => {
-                let meta = fs::metadata(word(1)?)?;
-                fs::set_permissions(word(1)?, PermissionsExt::from_mode(0o711))?;
-                fs::set_permissions(word(1)?, meta.permissions())?;
+            "program" => {
+                let status = std::process::Command::new(word(1)?)
+                    .stdin(std::process::Stdio::null())
+                    .stdout(std::process::Stdio::null())
+                    .status()?;
+                ensure!(status.success(), "{status}");
             }
             "chain" => self.chain(word(1)?, number(2)?)?,
             other => bail!("no such operation: {other}"),
@@ -228,204 +234,4 @@ impl Held {
         }
         Ok(())
     }
-
-    fn map(&mut self, at: usize, file: File) -> Result<()> {
-        if file.metadata()?.len() < MAPPED as u64 {
-            file.set_len(MAPPED as u64)?;
-        }
-        self.unmap(at);
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                MAPPED,
-                protection,
-                flags,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        ensure!(address != libc::MAP_FAILED, "{}", last());
-        self.maps[at] = Some(Mapped {
-            address: address.cast(),
-            file,
-            writable: true,
-        });
-        Ok(())
-    }
-
-    fn unmap(&mut self, at: usize) {
-        if let Some(Mapped { address, .. }) = self.maps[at].take() {
-            // SAFETY: the mapping was made with this length, and nothing refers to it any more.
-            unsafe { libc::munmap(address.cast(), MAPPED) };
-        }
-    }
-
-    /// Takes the right to write from a mapping, or gives it back. Pages keep what they were meanwhile.
-    fn protect(&mut self, at: usize, protection: i32) -> Result<()> {
-        let mapped = self.maps[at].as_mut().context("nothing mapped")?;
-        // SAFETY: the mapping has this length, and nothing stores to it while it is not writable.
-        let answer = unsafe { libc::mprotect(mapped.address.cast(), MAPPED, protection) };
-        ensure!(answer == 0, "{}", last());
-        mapped.writable = protection & libc::PROT_WRITE != 0;
-        Ok(())
-    }
-
-    fn store(&self, at: usize, offset: usize, byte: u8) -> Result<()> {
-        let mapped = self.maps[at].as_ref().context("nothing mapped")?;
-        let (address, file) = (mapped.address, &mapped.file);
-        let offset = offset % MAPPED;
-        ensure!(mapped.writable, "not writable");
-        ensure!(file.metadata()?.len() > offset as u64, "past the end");
-        // SAFETY: within the mapping, and within the file, which nobody else shortens: operations run one at a time.
-        unsafe { address.add(offset).write_volatile(byte) };
-        Ok(())
-    }
-}
-
-fn rw(path: &str) -> Result<File> {
-    // Not blocking: a name may be that of a pipe.
-    Ok(OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?)
-}
-
-fn ro(path: &str) -> Result<File> {
-    let mut options = OpenOptions::new();
-    Ok(options
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?)
-}
-
-/// Makes a file or replaces its content.
-fn write_all(path: &str, bytes: &[u8]) -> Result<()> {
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
-    let mut file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
-    Ok(file.write_all(bytes)?)
-}
-
-fn noise(len: u64, seed: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    while (bytes.len() as u64) < len {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        bytes.extend(word.to_le_bytes());
-    }
-    bytes.truncate(len as usize);
-    bytes
-}
-
-fn shm(name: &str) -> String {
-    format!("/dev/shm/{name}")
-}
-
-fn direct(path: &str, byte: u8) -> Result<()> {
-    #[repr(align(4096))]
-    struct Block([u8; 4096]);
-    let block = Block([byte; 4096]);
-    let flags = libc::O_DIRECT | libc::O_NONBLOCK;
-    let mut options = OpenOptions::new();
-    let mut file = options
-        .read(true)
-        .write(true)
-        .custom_flags(flags)
-        .open(path)?;
-    file.seek(SeekFrom::Start(0))?;
-    Ok(file.write_all(&block.0)?)
-}
-
-fn splice(path: &str) -> Result<()> {
-    let (reader, mut writer) = std::io::pipe()?;
-    writer.write_all(b"through a pipe")?;
-    let to = rw(path)?;
-    let none = std::ptr::null_mut();
-    // SAFETY: both descriptors are open; no offsets are given.
-    let moved = unsafe { libc::splice(reader.as_raw_fd(), none, to.as_raw_fd(), none, 14, 0) };
-    ensure!(moved == 14, "{}", last());
-    Ok(())
-}
-
-fn renameat(from: &str, to: &str, flags: RenameFlags) -> Result<()> {
-    Ok(rustix::fs::renameat_with(CWD, from, CWD, to, flags)?)
-}
-
-fn utimes(path: &str, when: &str) -> Result<()> {
-    match when {
-        "now" => {
-            let now = Timespec {
-                tv_sec: 0,
-                tv_nsec: libc::UTIME_NOW,
-            };
-            let times = Timestamps {
-                last_access: now,
-                last_modification: now,
-            };
-            Ok(rustix::fs::utimensat(
-                CWD,
-                path,
-                &times,
-                AtFlags::SYMLINK_NOFOLLOW,
-            )?)
-        }
-        seconds => set_times(path, seconds.parse()?, 5),
-    }
-}
-
-fn set_times(path: &str, tv_sec: i64, tv_nsec: i64) -> Result<()> {
-    let at = Timespec { tv_sec, tv_nsec };
-    let times = Timestamps {
-        last_access: at,
-        last_modification: at,
-    };
-    Ok(rustix::fs::utimensat(
-        CWD,
-        path,
-        &times,
-        AtFlags::SYMLINK_NOFOLLOW,
-    )?)
-}
-
-fn set_xattr(path: &str, name: &str, value: &[u8]) -> Result<()> {
-    let flags = rustix::fs::XattrFlags::empty();
-    Ok(rustix::fs::lsetxattr(path, name, value, flags)?)
-}
-
-fn acl(path: &str, user: u32) -> Result<()> {
-    // posix_acl_xattr: version 2, then tag, permissions, id of owner, user, group, mask and others.
-    let mut acl = 2u32.to_le_bytes().to_vec();
-    for (tag, permissions, id) in [
-        (1u16, 6u16, u32::MAX),
-        (2, 4, user),
-        (4, 4, u32::MAX),
-        (16, 4, u32::MAX),
-        (32, 4, u32::MAX),
-    ] {
-        acl.extend(tag.to_le_bytes());
-        acl.extend(permissions.to_le_bytes());
-        acl.extend(id.to_le_bytes());
-    }
-    set_xattr(path, "system.posix_acl_access", &acl)
-}
-
-/// Looks at everything in ways that change nothing.
-fn read_all(dir: &Path) -> Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let meta = fs::symlink_metadata(&path)?;
-        if meta.is_dir() {
-            read_all(&path)?;
-        } else if meta.is_file() {
-            File::open(&path)?.read_to_end(&mut Vec::new())?;
-        } else if meta.is_symlink() {
-            fs::read_link(&path)?;
-        }
-    }
-    Ok(())
 }

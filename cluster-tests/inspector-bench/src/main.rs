@@ -1,0 +1,188 @@
+//! `tidepool-inspector-bench --json`: what the inspector costs.
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | `stage`, `idle` | a sandbox for workloads; sandboxes that rest |
+//! | `workloads` | what is run, and its material |
+//! | `compare` | processor time with and without the probes, and under the reference tracer (`tracer`) |
+//! | `turns` | from a turn's boundary to its verdict |
+//! | `scale` | more sandboxes |
+//! | `storm` | more events than are kept |
+//! | `kernel`, `stats` | what the kernel counts; medians |
+//!
+//! Figures go to stdout, progress to stderr. Needs root and eBPF.
+
+mod compare;
+mod idle;
+mod kernel;
+mod scale;
+mod stage;
+mod stats;
+mod storm;
+mod tracer;
+mod turns;
+mod workloads;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::compare::round;
+use crate::stats::{geometric_mean, quantile};
+use crate::workloads::Workload;
+
+/// Measures what the inspector costs. Needs root and eBPF.
+#[derive(Debug, Parser)]
+#[command(name = "tidepool-inspector-bench")]
+struct Arguments {
+    /// Only this part; may be repeated. All where absent.
+    #[arg(long, value_enum)]
+    only: Vec<Part>,
+    /// Only this workload; may be repeated. All where absent.
+    #[arg(long, value_enum)]
+    workload: Vec<Workload>,
+    /// Rounds in which each workload is run twice without the probes, once with them and once under the reference tracer.
+    #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Three rounds, smaller workloads and fewer turns: a first impression.
+    #[arg(long)]
+    quick: bool,
+    /// The last line is one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Processor time of workloads.
+    Workloads,
+    /// Time to a verdict.
+    Verdicts,
+    /// Figures as sandboxes grow in number.
+    Scale,
+    /// More events than are kept.
+    Storm,
+}
+
+fn main() -> ExitCode {
+    let mut words = std::env::args_os().skip(1);
+    let (first, second) = (words.next(), words.next().unwrap_or_default());
+    if first.as_ref().is_some_and(|a| a == stage::FLAG) {
+        return stage::inside(Path::new(&second));
+    }
+    if first.is_some_and(|a| a == idle::FLAG) {
+        return idle::inside(&second.to_string_lossy());
+    }
+    match bench(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("tidepool-inspector-bench: {e:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(arguments: &Arguments) -> Result<()> {
+    let began = Instant::now();
+    let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
+    let quick = arguments.quick;
+    let mut result = serde_json::Map::new();
+    let mut set = |key: &str, value: Value| result.insert(key.to_owned(), value);
+    if wanted(Part::Workloads) {
+        for (key, value) in workloads(arguments)? {
+            set(&key, value);
+        }
+    }
+    if wanted(Part::Verdicts) {
+        let found = turns::verdicts(if quick { 100 } else { 1000 })?;
+        let all = found.all();
+        let (p50, p99) = (quantile(&all, 0.5), quantile(&all, 0.99));
+        eprintln!(
+            "verdicts        p50 {p50:.3} ms  p99 {p99:.3} ms  {}",
+            found.json()
+        );
+        set("verdict_ms_p50", json!(round(p50)));
+        set("verdict_ms_p99", json!(round(p99)));
+        set("verdicts", found.json());
+    }
+    if wanted(Part::Scale) {
+        let mut table = Vec::new();
+        for count in scale::COUNTS {
+            let (turns, runs) = if quick {
+                (50, 2)
+            } else {
+                (300, arguments.runs)
+            };
+            let figures = scale::scale(count, turns, runs)?;
+            eprintln!("scale           {figures}");
+            table.push(figures);
+        }
+        set("scale", json!(table));
+    }
+    if wanted(Part::Storm) {
+        let mut storms = Vec::new();
+        for pumped in [false, true] {
+            let figures = storm::storm(if quick { 300_000 } else { 1_000_000 }, pumped)?;
+            eprintln!("storm           {figures}");
+            storms.push(figures);
+        }
+        set("storm", json!(storms));
+    }
+    set("quick", json!(quick));
+    set("seconds", json!(began.elapsed().as_secs()));
+    if arguments.json {
+        println!("{}", Value::Object(result));
+    } else {
+        println!("{:#}", Value::Object(result));
+    }
+    Ok(())
+}
+
+fn workloads(arguments: &Arguments) -> Result<Vec<(String, Value)>> {
+    let runs = if arguments.quick {
+        arguments.runs.min(3)
+    } else {
+        arguments.runs
+    };
+    let mut all = Vec::new();
+    for workload in Workload::ALL {
+        if !arguments.workload.is_empty() && !arguments.workload.contains(&workload) {
+            continue;
+        }
+        let compared = compare::compare(workload, runs, arguments.quick)?;
+        eprintln!("{}", compared.line());
+        all.push(compared);
+    }
+    let list = |of: fn(&compare::Compared) -> f64| -> Vec<f64> { all.iter().map(of).collect() };
+    let (ratios, noise) = (list(|c| c.ratio.median), list(|c| c.noise.median));
+    let reference = list(|c| c.reference.median);
+    let inside = list(|c| 1.0 + c.inside());
+    let highest = |v: &[f64]| round(v.iter().copied().fold(f64::NAN, f64::max));
+    let each: serde_json::Map<String, Value> = all
+        .iter()
+        .map(|c| (c.workload.name().to_owned(), c.json()))
+        .collect();
+    Ok([
+        ("geomean_ratio", json!(round(geometric_mean(&ratios)))),
+        ("max_ratio", json!(highest(&ratios))),
+        ("noise_geomean_ratio", json!(round(geometric_mean(&noise)))),
+        ("noise_max_ratio", json!(highest(&noise))),
+        (
+            "reference_geomean_ratio",
+            json!(round(geometric_mean(&reference))),
+        ),
+        ("reference_max_ratio", json!(highest(&reference))),
+        (
+            "inside_geomean_ratio",
+            json!(round(geometric_mean(&inside))),
+        ),
+        ("inside_max_ratio", json!(highest(&inside))),
+        ("workloads", Value::Object(each)),
+    ]
+    .map(|(key, value)| (key.to_owned(), value))
+    .into())
+}

@@ -1,0 +1,145 @@
+//! From a turn's boundary to its verdict, for turns that change nothing that lasts.
+//!
+//! A sandbox with an upper of 5,000 files and some resting processes. Three kinds of turn: nothing happens; a command only looks; a file
+//! is made and removed again, so that directories have to be read before the turn is known to be clean. The time is that of the readings that
+//! a boundary takes: tasks, effects, and where something was dirtied the capture of that.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use tidepool_fs::capture::{self, CaptureOptions};
+use tidepool_fs::{DirtyInode, NullSink, TreeIndex};
+use tidepool_inspector::{FileEffects, Inspector, InspectorOptions, SandboxSlot, TaskTable};
+use tidepool_proto::DomainKey;
+
+use crate::compare::round;
+use crate::stage::{Stage, scratch};
+use crate::stats::quantile;
+use crate::workloads::{Workload, prepare};
+
+/// Kinds of turns, by their lines.
+const KINDS: [(&str, &str); 3] = [
+    ("idle", "nothing"),
+    ("read_only", "look"),
+    ("made_and_removed", "passing"),
+];
+
+/// Times to a verdict.
+#[derive(Debug, Default)]
+pub(crate) struct Verdicts {
+    ms: BTreeMap<&'static str, Vec<f64>>,
+    /// Turns that were not found to be clean.
+    unclean: u64,
+}
+
+impl Verdicts {
+    pub(crate) fn all(&self) -> Vec<f64> {
+        self.ms.values().flatten().copied().collect()
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let kinds: BTreeMap<&str, Value> = self
+            .ms
+            .iter()
+            .map(|(kind, ms)| {
+                let at = |part| round(quantile(ms, part));
+                (*kind, json!({"turns": ms.len(), "ms_p50": at(0.5), "ms_p99": at(0.99), "ms_max": at(1.0)}))
+            })
+            .collect();
+        json!({"kinds": kinds, "unclean": self.unclean})
+    }
+}
+
+struct Watched<'a> {
+    inspector: &'a Inspector,
+    slot: SandboxSlot,
+    init: u32,
+    upper: std::path::PathBuf,
+    key: DomainKey,
+    tasks: TaskTable,
+    index: TreeIndex,
+}
+
+/// Measures so many turns of each kind.
+pub(crate) fn verdicts(turns: u32) -> Result<Verdicts> {
+    let dir = scratch()?;
+    let lower = dir.path().join("lower");
+    std::fs::create_dir(&lower)?;
+    prepare(Workload::Unpack, &lower)?;
+    let mut stage = Stage::start(dir)?;
+    stage.run("unpack")?;
+    stage.run("idle 4")?;
+    let inspector = Inspector::load(&InspectorOptions::default())?;
+    let slot = inspector.register(&stage.target()?)?;
+    // The first turn writes what is written only once.
+    stage.run("passing")?;
+    inspector.take(slot)?;
+    let key = DomainKey::new([7; 32]);
+    let full = capture::full(
+        &stage.upper(),
+        &key,
+        CaptureOptions::default(),
+        None,
+        &mut NullSink,
+    )?;
+    let mut watched = Watched {
+        inspector: &inspector,
+        slot,
+        init: stage.init(),
+        upper: stage.upper(),
+        key,
+        tasks: inspector.tasks(slot)?,
+        index: full.index,
+    };
+    let mut found = Verdicts::default();
+    for _ in 0..turns {
+        for (kind, line) in KINDS {
+            stage.run(line)?;
+            let began = Instant::now();
+            let clean = watched.boundary()?;
+            let ms = began.elapsed().as_secs_f64() * 1000.0;
+            found.ms.entry(kind).or_default().push(ms);
+            found.unclean += u64::from(!clean);
+        }
+    }
+    Ok(found)
+}
+
+impl Watched<'_> {
+    /// Whether nothing changed.
+    fn boundary(&mut self) -> Result<bool> {
+        let tasks = self.inspector.tasks(self.slot)?;
+        let effects = self.inspector.take(self.slot)?;
+        let ran = tasks.ran_since(&self.tasks);
+        let rested = ran.iter().all(|r| r.task.tgid == self.init);
+        self.tasks = tasks;
+        let FileEffects::Inodes(dirty) = effects.files else {
+            return Ok(false);
+        };
+        if dirty.is_empty() {
+            return Ok(rested);
+        }
+        let dirty: Vec<DirtyInode> = dirty
+            .iter()
+            .map(|d| DirtyInode {
+                ino: d.ino,
+                dev: d.dev,
+                generation: d.generation,
+            })
+            .collect();
+        let captured = capture::dirty(
+            &self.upper,
+            &self.key,
+            CaptureOptions::default(),
+            &self.index,
+            &dirty,
+            &mut NullSink,
+        )?;
+        ensure!(captured.full_walk.is_none(), "everything was walked");
+        let same = captured.tree == self.index.tree();
+        self.index = captured.index;
+        Ok(rested && same)
+    }
+}

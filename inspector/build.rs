@@ -1,4 +1,4 @@
-//! Compiles the eBPF programs in `bpf/` to one object that the library embeds.
+//! Compiles the eBPF programs in `bpf/` to objects that the library embeds.
 //!
 //! Needs a clang with the bpf target and libbpf's headers; the kernel of the build machine plays no part.
 
@@ -6,6 +6,9 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+
+/// The forms in which the programs are compiled; see `bpf/effects.bpf.c`.
+const SETS: [&str; 4] = ["EXT4", "EXT4_RAW", "TRAMPOLINE", "SYSCALLS"];
 
 fn main() -> ExitCode {
     match build() {
@@ -28,30 +31,37 @@ fn build() -> Result<(), String> {
     }
 
     let out = env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?;
-    let object = PathBuf::from(out).join("effects.o");
+    let out = PathBuf::from(out);
     let clang = find(&tools("TIDEPOOL_CLANG", "clang")).ok_or(
         "no clang found to compile the eBPF programs: install clang (14 or newer) or name one in TIDEPOOL_CLANG",
     )?;
-    compile(&clang, &object)?;
-
-    // Without it the object works too; it only carries ten times its size in debug information.
-    if let Some(strip) = find(&tools("TIDEPOOL_LLVM_STRIP", "llvm-strip")) {
-        let status = Command::new(&strip).arg("-g").arg(&object).status();
-        if !status.is_ok_and(|s| s.success()) {
-            return Err(format!("{strip} could not strip {}", object.display()));
-        }
-    } else {
+    // Without it the objects work too; they only carry ten times their size in debug information.
+    let strip = find(&tools("TIDEPOOL_LLVM_STRIP", "llvm-strip"));
+    if strip.is_none() {
         println!(
-            "cargo::warning=no llvm-strip found: the embedded eBPF object keeps its debug information"
+            "cargo::warning=no llvm-strip found: the embedded eBPF objects keep their debug information"
         );
+    }
+    for set in SETS {
+        let object = out.join(format!("{set}.o"));
+        compile(&clang, set, &object)?;
+        if let Some(strip) = &strip {
+            let status = Command::new(strip).arg("-g").arg(&object).status();
+            if !status.is_ok_and(|s| s.success()) {
+                return Err(format!("{strip} could not strip {}", object.display()));
+            }
+        }
     }
     Ok(())
 }
 
-fn compile(clang: &str, object: &Path) -> Result<(), String> {
+fn compile(clang: &str, set: &str, object: &Path) -> Result<(), String> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     let output = Command::new(clang)
-        .args(["-target", "bpf", "-O2", "-g", "-Wall", "-Werror", "-c"])
+        // v3: atomic operations that fetch, which are ordered; Linux 5.12.
+        .args(["-target", "bpf", "-mcpu=v3", "-O2", "-g"])
+        .args(["-Wall", "-Werror", "-c"])
+        .arg(format!("-D{set}"))
         // Where multiarch distributions keep <asm/types.h>, which <linux/bpf.h> wants.
         .arg(format!("-idirafter/usr/include/{arch}-linux-gnu"))
         .arg("bpf/effects.bpf.c")

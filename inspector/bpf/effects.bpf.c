@@ -1,68 +1,31 @@
 // Tidepool's eBPF programs: which inodes of its upper a sandbox dirties, which processes come and go,
 // and, on request, how far each of its tasks has run and what it does after a thaw.
 //
-// All programs only look; none changes what the kernel does.
+// All programs only look; none changes what the kernel does. This source is compiled once for each probe set (see build.rs):
+//   EXT4        tracepoints of ext4 and of writeback, as typed tracepoints with plain loads (DIRECT)
+//   EXT4_RAW    the same as raw tracepoints with reads by call: where ext4 is a module, or the kernel older than 6.5
+//   TRAMPOLINE  entries of VFS and security functions: any filesystem
+//   SYSCALLS    entries and ends of system calls: no inodes, only "something may have changed"
+#if !defined(EXT4_RAW)
+#define DIRECT 1
+#else
+#define DIRECT 0
+#endif
 #include "kernel.h"
 #include "records.h"
 #include "maps.h"
 
-// ---- files: the ext4 probe set ------------------------------------------------------------------------
-//
-// Three hooks, because none sees everything: writeback_mark_inode_dirty misses what changes directory
-// entries only, and both mark_inode_dirty hooks miss small extended attributes and inode flags, which
-// only start a journal handle.
-//
-// Raw tracepoints and not BTF ones: they also attach where ext4 is a module. Each of the
-// three has the inode as its first argument.
 
-static __always_inline int note_dirty(const struct inode *inode)
-{
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct dirty_key key = {};
-	struct sandbox *sandbox;
-	u32 generation, level;
-	u32 *seen;
-
-	sandbox = sandbox_of(task, &level);
-	if (!sandbox)
-		return 0;
-	key.dev = BPF_CORE_READ(inode, i_sb, s_dev);
-	if (key.dev != sandbox->dev)
-		return 0; // pipes, proc, the overlay itself, other mounts
-	key.ino = BPF_CORE_READ(inode, i_ino);
-	key.slot = sandbox->slot;
-	generation = BPF_CORE_READ(inode, i_generation);
-
-	seen = bpf_map_lookup_elem(&DIRTY, &key);
-	if (seen && *seen == generation)
-		return 0;
-	if (bpf_map_update_elem(&DIRTY, &key, &generation, BPF_ANY)) {
-		__sync_fetch_and_add(&sandbox->overflow, 1);
-		return 0;
-	}
-	// After the insertion, never before: a reader that skips the drain because this has not moved must
-	// find it moved the next time, with the entry in the map.
-	__sync_fetch_and_add(&sandbox->added, 1);
-	return 0;
-}
-
-SEC("raw_tracepoint/writeback_mark_inode_dirty")
-int tp_inode_dirty(struct bpf_raw_tracepoint_args *ctx)
-{
-	return note_dirty((const struct inode *)ctx->args[0]);
-}
-
-SEC("raw_tracepoint/ext4_mark_inode_dirty")
-int tp_ext4_dirty(struct bpf_raw_tracepoint_args *ctx)
-{
-	return note_dirty((const struct inode *)ctx->args[0]);
-}
-
-SEC("raw_tracepoint/ext4_journal_start_inode")
-int tp_ext4_journal(struct bpf_raw_tracepoint_args *ctx)
-{
-	return note_dirty((const struct inode *)ctx->args[0]);
-}
+#if defined(EXT4) || defined(EXT4_RAW)
+#include "files_ext4.h"
+#elif defined(TRAMPOLINE)
+#include "files_trampoline.h"
+#elif defined(SYSCALLS)
+#include "calls.h"
+#include "files_syscalls.h"
+#else
+#error "no probe set"
+#endif
 
 // ---- processes ----------------------------------------------------------------------------------------
 
@@ -131,6 +94,17 @@ int tp_exit(u64 *ctx)
 
 	if (event)
 		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+#ifdef SYSCALLS
+	// The kernel has written a core file for it, without a call.
+	if (task->exit_code & 0x80) {
+		struct sandbox *sandbox;
+		u32 level;
+
+		sandbox = sandbox_of(task, &level);
+		if (sandbox)
+			may_have_changed(sandbox, 231);
+	}
+#endif
 	return 0;
 }
 

@@ -49,7 +49,26 @@ struct thread_info {
 	u32 status;
 };
 
+struct file {
+	unsigned int f_mode;
+	struct inode *f_inode;
+};
+
+struct dentry {
+	struct inode *d_inode;
+};
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+};
+
+struct files_struct {
+	struct fdtable *fdt;
+};
+
 struct task_struct {
+	struct files_struct *files;
 	struct thread_info thread_info;
 	unsigned int __state;
 	unsigned int flags;
@@ -73,9 +92,11 @@ struct task_struct {
 // x86-64. Elsewhere the fields do not exist, which the programs ask before they read them.
 struct pt_regs {
 	unsigned long r10;
+	unsigned long r8;
 	unsigned long ax;
 	unsigned long dx;
 	unsigned long si;
+	unsigned long di;
 	unsigned long orig_ax;
 	unsigned long ip;
 	u16 cs;
@@ -87,6 +108,7 @@ struct super_block {
 };
 
 struct inode {
+	u16 i_mode;
 	struct super_block *i_sb;
 	unsigned long i_ino;
 	u32 i_generation;

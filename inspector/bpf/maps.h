@@ -2,23 +2,24 @@
 #ifndef TIDEPOOL_MAPS_H
 #define TIDEPOOL_MAPS_H
 
-// pid namespace inode -> sandbox.
+// The registered sandboxes: an open hash table by the inode of the pid namespace, in an array that the loader maps and
+// fills. An array, because its look-up is a few instructions and no call. A sandbox is in one of the PROBES cells from its home on.
+#define CELLS 8192 // mirrored in cells.rs
+#define PROBES 4
+
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096); // set at load
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, CELLS);
 	__type(key, u32);
 	__type(value, struct sandbox);
 } SANDBOXES SEC(".maps");
 
-// Dirty inode -> its generation. Never an LRU: an eviction would be a missed change nobody hears of.
+// Dirtied inodes of all sandboxes, in order. Never a map that evicts: that would be a missed change nobody hears of.
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 262144); // set at load
-	__type(key, struct dirty_key);
-	__type(value, u32);
-} DIRTY SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 16777216); // set at load
+} LOG SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -66,28 +67,72 @@ static __always_inline void upid_at(const void *pid, u32 level, struct upid *out
 	}
 }
 
+// The sandbox registered for a pid namespace.
+static __always_inline struct sandbox *cell_of(u32 inum)
+{
+	struct sandbox *sandbox;
+	u32 at;
+
+#pragma unroll
+	for (u32 i = 0; i < PROBES; i++) {
+		at = (inum + i) & (CELLS - 1);
+		sandbox = bpf_map_lookup_elem(&SANDBOXES, &at);
+		if (sandbox && sandbox->pid_ns == inum)
+			return sandbox;
+	}
+	return 0;
+}
+
+#if DIRECT
+// The levels that are looked at by plain loads, which needs the array of levels to be a flexible one in the kernel's types (6.5).
+#define NEAR 2
+
+// The verifier takes a constant offset from a typed pointer for what it is.
+static __always_inline u32 near_inum(struct pid *pid, const u32 level)
+{
+	struct upid *upid;
+
+	upid = (void *)pid + bpf_core_field_offset(struct pid, numbers) + level * sizeof(struct upid);
+	return upid->ns->ns.inum;
+}
+#else
+#define NEAR 0
+#endif
+
 // The sandbox a task belongs to: that of the outermost of its pid namespaces that is registered, so
 // that namespaces made inside belong to it too. Kernel threads never belong to one: writeback by a
 // kworker is not a change made now. io-wq workers are not kernel threads in this sense and stay.
 static __always_inline struct sandbox *sandbox_of(struct task_struct *task, u32 *at_level)
 {
-	struct upid upid;
 	struct sandbox *sandbox;
-	const void *pid;
+	struct upid upid;
+	struct pid *pid;
 	u32 level, depth, inum;
 
 	if (task->flags & PF_KTHREAD)
 		return 0;
-	depth = task->thread_pid->level;
+	pid = task->thread_pid;
+	if (!pid)
+		return 0;
+	depth = pid->level;
 	if (depth == 0)
 		return 0; // the host's own processes: most of them end here
-	pid = BPF_CORE_READ(task, thread_pid);
-	for (level = 1; level <= MAX_LEVEL; level++) {
+#if DIRECT
+	sandbox = cell_of(near_inum(pid, 1));
+	*at_level = 1;
+	if (sandbox || depth == 1)
+		return sandbox;
+	sandbox = cell_of(near_inum(pid, 2));
+	*at_level = 2;
+	if (sandbox || depth == 2)
+		return sandbox;
+#endif
+	for (level = NEAR + 1; level <= MAX_LEVEL; level++) {
 		if (level > depth)
 			break;
 		upid_at(pid, level, &upid);
 		inum = BPF_CORE_READ(upid.ns, ns.inum);
-		sandbox = bpf_map_lookup_elem(&SANDBOXES, &inum);
+		sandbox = cell_of(inum);
 		if (sandbox) {
 			*at_level = level;
 			return sandbox;

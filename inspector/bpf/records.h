@@ -3,24 +3,44 @@
 #ifndef TIDEPOOL_RECORDS_H
 #define TIDEPOOL_RECORDS_H
 
-// One registered sandbox. The counters only ever grow, so that a reader compares instead of resetting
-// and no increment can fall between a read and a reset.
+// Words of the cache in front of the log, a power of two.
+#define SEEN 64
+
+// One registered sandbox: a cell of SANDBOXES, mapped into the loader's memory (src/cells.rs mirrors it).
+//
+// The first line is the loader's, but for `full`; the programs only read it. The counters only ever grow, so that a reader
+// compares instead of resetting and no increment can fall between a read and a reset.
 struct sandbox {
-	u32 slot;        // never used twice while the programs are loaded
-	u32 dev;         // device of the upper, kernel form (major << 20 | minor)
-	u64 added;       // inodes newly put into DIRTY
-	u64 overflow;    // inodes that could not be put into DIRTY
+	u32 pid_ns; // 0 where the cell is free; written last when it is taken
+	u32 slot;   // never used twice while the programs are loaded
+	u32 dev;    // device of the upper, kernel form (major << 20 | minor)
+	u32 pad;
+	u64 epoch; // of the reading that is to come; 0 never
+	u64 allow; // `logged` may come this far before the loader has read on
+	u64 full;  // the epoch in which something found no room: all is dirty in it, nothing more is noted
+	u64 pad1[3];
+
+	u64 logged;      // entries put into LOG
+	u64 overflow;    // changes that found no room in LOG, the first of an epoch only
 	u64 events;      // process events, delivered or lost
 	u64 events_lost; // process events that found no room in EVENTS
-};
-_Static_assert(sizeof(struct sandbox) == 40, "mirrored in raw.rs");
+	u64 calls;       // the `syscalls` set: calls that may have changed files
+	u64 last_call;   // one of them
+	u64 rings;       // the `syscalls` set: asynchronous rings made; they act without calls
+	u64 pad2;
 
-struct dirty_key {
-	u64 ino;
-	u32 dev;
-	u32 slot;
+	u64 seen[SEEN]; // see note_dirty
 };
-_Static_assert(sizeof(struct dirty_key) == 16, "mirrored in raw.rs");
+_Static_assert(sizeof(struct sandbox) == 128 + 8 * SEEN, "mirrored in cells.rs");
+
+// An entry of LOG.
+struct dirty {
+	u64 ino;
+	u32 slot;
+	u32 generation;
+	u64 epoch;
+};
+_Static_assert(sizeof(struct dirty) == 24, "mirrored in raw.rs");
 
 enum event_kind { EVENT_FORK = 1, EVENT_EXEC = 2, EVENT_EXIT = 3 };
 

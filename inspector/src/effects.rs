@@ -122,7 +122,7 @@ pub struct ExitEvent {
 /// A position in what a sandbox did. Comparable for equality only: a different mark means that something happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
-    pub(crate) added: u64,
-    pub(crate) overflow: u64,
+    /// What was counted about files.
+    pub(crate) files: (u64, u64, u64),
     pub(crate) events: u64,
 }

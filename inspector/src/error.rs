@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::SandboxSlot;
+use crate::{ProbeSet, SandboxSlot};
 
 /// Errors of the inspector.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +51,14 @@ pub enum InspectorError {
     TooManySandboxes {
         /// The limit.
         limit: u32,
+    },
+    /// The probe set in use cannot do that.
+    #[error("the {set} probes cannot tell {what}")]
+    NotInSet {
+        /// What was asked.
+        what: &'static str,
+        /// The set in use.
+        set: ProbeSet,
     },
     /// The slot was never given out, or its sandbox is no longer registered.
     #[error("no sandbox is registered under {0}")]

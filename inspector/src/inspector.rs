@@ -1,39 +1,53 @@
 //! The inspector: registrations, readings, and the argument why no change falls between two readings.
 //!
 //! # Why nothing is lost
-//! A hook that sees an inode puts `{inode, device, slot}` into the map `DIRTY` unless it is there, and then counts `added` up. A reading first reads the counters,
-//! then drains the map. The kernel deletes what it hands out under the bucket's lock, so at every moment an entry is in the map or in
-//! this process. Three races remain, all harmless:
-//! - A hook finds its entry present, and the drain takes it: the reading that follows the event reports it.
-//! - A hook inserts behind the drain: the entry stays for the next reading, and `added` has moved past what this reading saw, so that the next one does not skip the drain.
-//! - A hook has inserted and not counted yet when the counters are read: the drain takes the entry or the next reading sees the counter move. Either way it is reported.
+//! A hook that sees an inode puts it into the log with the current epoch of its sandbox, counts that, and only then remembers it in a small cache that spares the next
+//! hooks the same work (`bpf/dirty.h`). A reading begins a new epoch first, then reads the counts, then drains the log until it has all that was counted. So:
+//! - A hook that ended before the reading began: it found its inode in the cache under the epoch that is over, and then the entry was logged and counted before;
+//!   or it logged and counted it itself. Either way the drain has it.
+//! - A hook that runs meanwhile: if it read the old epoch, what it logs is this reading's or, where it is late, the next one's, and what it leaves in the
+//!   cache is never believed again. If it read the new epoch it finds nothing cached from before, so it logs the inode under the new epoch, for the next reading.
 //!
-//! So no epochs or banks are needed in the key. What a reading cannot say is that the *store* that follows an event has happened: a task may be between
+//! The log is a ring that stops at an entry that is just being written, of whichever sandbox; the counts tell that, and the drain goes on until it has passed it.
+//! A sandbox may put only so much into the log before somebody reads it; past that its epoch is full: it means "everything", and nothing more of it is logged.
+//! What a reading cannot say is that the *store* that follows an event has happened: a task may be between
 //! the hook and its copy of data. So read with the sandbox frozen, or check afterwards with [`Inspector::activity_since`] that no task ran.
 //!
 //! Slots are never reused; entries under a slot that is no longer registered are dropped at the next drain.
+//!
+//! # What a reading costs
+//! Counters are plain memory; where nothing was counted nothing is drained. The log holds what the sandboxes did since anybody's last reading, each entry of
+//! which is read once, so that idle sandboxes add nothing.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::cells::{MOST, Place};
 use crate::effects::{Effects, Mark, SandboxSlot, Target};
 use crate::error::InspectorError;
 use crate::load::Hooks;
 use crate::pending::{Bounds, Pending};
-use crate::raw::Sandbox;
+use crate::probes::ProbeSet;
+use crate::raw::Counters;
 use crate::support::{kernel_dev, supports};
 use crate::tasks::{TaskInfo, TaskRan, TaskTable};
 use crate::watch::ThawWatch;
 
+/// Far longer than any program writes one entry.
+const PATIENCE: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// Bounds given at load.
 #[derive(Clone, Debug)]
 pub struct InspectorOptions {
-    /// Inodes that may be dirty in all sandboxes together between two readings (of any of them), and that may wait
-    /// in this process for one sandbox. More means "everything" for the sandboxes concerned. About 100 bytes of kernel memory each, when used.
+    /// The probe set to use, or the first that can be used.
+    pub probe_set: Option<ProbeSet>,
+    /// Inodes that may be dirty in one sandbox between two of its readings. More means "everything". The log has twice the room, 32 bytes each, in
+    /// the kernel; one sandbox gets no more than half of it between two readings of any, and the other half is for the others.
     pub max_dirty_inodes: u32,
-    /// Sandboxes registered at a time.
+    /// Sandboxes registered at a time, at most 2048.
     pub max_sandboxes: u32,
     /// Bytes for process events between two readings, rounded up to a power of two; an event takes 192.
     pub event_bytes: u32,
@@ -41,6 +55,9 @@ pub struct InspectorOptions {
     pub max_process_events: u32,
     /// Tasks of all sandboxes under a [`ThawWatch`] at a time together. More means that something ran. About 120 bytes of kernel memory each, when used.
     pub max_watched_tasks: u32,
+    /// Use the form of the programs for kernels on which the better one cannot be loaded. Only for tests.
+    #[doc(hidden)]
+    pub plainest_form: bool,
     /// Tracepoints on files that are not attached to. Only for tests that show what each is needed for: changes are missed.
     #[doc(hidden)]
     pub leave_out: &'static [&'static str],
@@ -49,11 +66,13 @@ pub struct InspectorOptions {
 impl Default for InspectorOptions {
     fn default() -> Self {
         Self {
+            probe_set: None,
             max_dirty_inodes: 262_144,
-            max_sandboxes: 4096,
+            max_sandboxes: MOST,
             event_bytes: 8 << 20,
             max_process_events: 131_072,
             max_watched_tasks: 65_536,
+            plainest_form: false,
             leave_out: &[],
         }
     }
@@ -65,8 +84,14 @@ pub struct Inspector {
 }
 
 pub(crate) struct State {
-    pub(crate) hooks: Hooks,
+    set: ProbeSet,
+    /// None in the `walk` set.
+    hooks: Option<Hooks>,
+    /// Why better sets are not in use, one sentence each.
+    fallbacks: Vec<String>,
     bounds: Bounds,
+    /// Entries one sandbox may log before the log is read on.
+    quota: u64,
     max_sandboxes: u32,
     own_pid_ns: Option<u64>,
     next_slot: u32,
@@ -77,12 +102,19 @@ pub(crate) struct State {
 
 pub(crate) struct Registered {
     pid_ns: u32,
+    /// In the programs' table; none in the `walk` set.
+    place: Option<Place>,
     /// Device as in `stat`.
     dev: u64,
     /// Why the hooks cannot see its filesystem, if they cannot.
     blind: Option<String>,
     /// Counters at the last reading.
-    seen: Sandbox,
+    seen: Counters,
+    /// The `syscalls` set: whether anything was mapped shared at the last reading.
+    mapped: bool,
+    /// Entries of the log, and process events, that were read of all that were counted.
+    logged: u64,
+    events: u64,
     pending: Pending,
 }
 
@@ -116,20 +148,54 @@ impl fmt::Debug for Inspector {
 }
 
 impl Inspector {
-    /// Loads and attaches the programs (about 100 ms).
+    /// Loads the programs of the probe set asked for, or of the first that can be used here (about 100 ms).
     ///
     /// # Errors
-    /// [`InspectorError::Unsupported`] with a sentence on what the kernel lacks or forbids.
+    /// [`InspectorError::Unsupported`] with a sentence on what the kernel lacks or forbids; never where no probe set is asked for, since `walk` needs nothing.
     pub fn load(options: &InspectorOptions) -> Result<Self, InspectorError> {
-        let hooks = Hooks::load(options)?;
-        let misses = hooks.misses()?;
+        let mut fallbacks = Vec::new();
+        for set in ProbeSet::ALL {
+            if options.probe_set.is_some_and(|wanted| wanted != set) {
+                continue;
+            }
+            let hooks = match set {
+                ProbeSet::Walk => None,
+                _ => match Hooks::load(set, options) {
+                    Ok(hooks) => Some(hooks),
+                    Err(e) if options.probe_set.is_some() => return Err(e),
+                    Err(e) => {
+                        let why = format!("the {set} probes cannot be used: {}", chain(&e));
+                        tracing::info!("{why}");
+                        fallbacks.push(why);
+                        continue;
+                    }
+                },
+            };
+            return Self::new(set, hooks, fallbacks, options);
+        }
+        Err(InspectorError::Object("any probe set".into()))
+    }
+
+    fn new(
+        set: ProbeSet,
+        hooks: Option<Hooks>,
+        fallbacks: Vec<String>,
+        options: &InspectorOptions,
+    ) -> Result<Self, InspectorError> {
+        let misses = match &hooks {
+            Some(hooks) => hooks.misses()?,
+            None => (0, 0),
+        };
         let state = State {
+            set,
             hooks,
+            fallbacks,
             bounds: Bounds {
                 inodes: options.max_dirty_inodes as usize,
                 events: options.max_process_events as usize,
             },
-            max_sandboxes: options.max_sandboxes.max(1),
+            quota: u64::from(options.max_dirty_inodes.max(1)),
+            max_sandboxes: options.max_sandboxes.clamp(1, MOST),
             own_pid_ns: crate::pid_ns_inode(std::process::id()).ok(),
             next_slot: 1,
             registered: HashMap::new(),
@@ -140,10 +206,22 @@ impl Inspector {
         })
     }
 
-    /// Which hooks are in use.
+    /// The name of the probe set in use.
     #[must_use]
     pub fn probe_set(&self) -> &'static str {
-        "ext4"
+        self.probes().name()
+    }
+
+    /// The probe set in use.
+    #[must_use]
+    pub fn probes(&self) -> ProbeSet {
+        self.lock().set
+    }
+
+    /// Why better probe sets are not in use, one sentence each.
+    #[must_use]
+    pub fn fallbacks(&self) -> Vec<String> {
+        self.lock().fallbacks.clone()
     }
 
     /// Begins to watch a sandbox: after its pid namespace exists and before its first program runs (between
@@ -169,8 +247,6 @@ impl Inspector {
                 source,
             })?
             .dev();
-        let blind = supports(&target.upper_dir).err();
-
         let state = &mut *self.lock();
         if state.own_pid_ns == Some(target.pid_ns_inode) {
             return Err(refuse("it is the namespace of the watching process itself"));
@@ -195,21 +271,35 @@ impl Inspector {
             .ok_or(InspectorError::TooManySandboxes {
                 limit: state.max_sandboxes,
             })?;
-        let seen = Sandbox {
-            slot,
-            dev: kernel_dev(dev),
-            ..Sandbox::default()
+        let blind = match state.set {
+            ProbeSet::Ext4 => supports(&target.upper_dir).err(),
+            _ => None,
         };
-        state.hooks.insert(pid_ns, seen)?;
-        let pending = Pending::new("this is the first reading since the sandbox was registered");
+        let (mut place, mut seen, mut epoch) = (None, Counters::default(), 0);
+        if let Some(hooks) = &mut state.hooks {
+            hooks.attach()?;
+            let taken = hooks
+                .cells
+                .take(pid_ns, slot, kernel_dev(dev), state.quota)
+                .ok_or(InspectorError::TooManySandboxes {
+                    limit: state.max_sandboxes,
+                })?;
+            place = Some(taken);
+            (epoch, seen) = hooks.cells.turn(taken);
+        }
+        let first = "this is the first reading since the sandbox was registered";
         state.registered.insert(
             slot,
             Registered {
                 pid_ns,
+                place,
                 dev,
                 blind,
                 seen,
-                pending,
+                mapped: true,
+                logged: seen.logged,
+                events: seen.events - seen.events_lost,
+                pending: Pending::new(epoch + 1, first),
             },
         );
         tracing::debug!(slot, pid_ns, dev, "sandbox registered");
@@ -234,10 +324,10 @@ impl Inspector {
     /// called from time to time it keeps a busy turn from overflowing.
     ///
     /// # Errors
-    /// A failed call into the kernel; nothing can then be ruled out for any sandbox, and their next takes say so.
+    /// None so far.
     pub fn pump(&self) -> Result<(), InspectorError> {
         let state = &mut *self.lock();
-        state.drain_dirty()?;
+        state.drain_log();
         state.drain_events();
         Ok(())
     }
@@ -266,12 +356,19 @@ impl Inspector {
     ) -> Result<Activity, InspectorError> {
         let state = &mut *self.lock();
         let now = state.tasks(slot)?;
-        let counters = state.hooks.counters(state.get(slot)?.pid_ns)?;
-        let skipped = state.hooks.misses()? != state.misses;
+        let ran = now.ran_since(tasks);
+        let counters = state.counters(slot)?;
+        let skipped = match &state.hooks {
+            Some(hooks) => hooks.misses()? != state.misses,
+            None => false,
+        };
         Ok(Activity {
-            ran: now.ran_since(tasks),
-            dirtied: skipped || counters.added != mark.added || counters.overflow != mark.overflow,
+            // Without probes it takes a task that ran to change anything.
+            dirtied: skipped
+                || (counters.logged, counters.overflow, counters.calls) != mark.files
+                || state.set == ProbeSet::Walk && !ran.is_empty(),
             process_events: skipped || counters.events != mark.events,
+            ran,
             tasks: now,
         })
     }
@@ -304,91 +401,239 @@ impl State {
             .ok_or(InspectorError::UnknownSlot(slot))
     }
 
+    /// The programs, where there are any.
+    pub(crate) fn hooks(&mut self, what: &'static str) -> Result<&mut Hooks, InspectorError> {
+        let set = self.set;
+        self.hooks
+            .as_mut()
+            .ok_or(InspectorError::NotInSet { what, set })
+    }
+
     fn forget(&mut self, slot: u32) {
         let Some(gone) = self.registered.remove(&slot) else {
             return;
         };
-        if let Err(error) = self.hooks.remove(gone.pid_ns) {
-            tracing::warn!(slot, %error, "a sandbox stays in the eBPF programs' table until it is registered again");
+        let Some(hooks) = &mut self.hooks else {
+            return;
+        };
+        if let Some(place) = gone.place {
+            hooks.cells.free(place);
+        }
+        if self.registered.is_empty() {
+            hooks.detach();
+            // Nobody's any more.
+            hooks.drain_log(drop);
+            hooks.drain_events(drop);
         }
     }
 
+    /// Counters as they are now; all zero where nothing counts.
+    fn counters(&self, slot: SandboxSlot) -> Result<Counters, InspectorError> {
+        let registered = self.get(slot)?;
+        Ok(match (&self.hooks, registered.place) {
+            (Some(hooks), Some(place)) => hooks.cells.counters(place),
+            _ => Counters::default(),
+        })
+    }
+
     fn tasks(&mut self, slot: SandboxSlot) -> Result<TaskTable, InspectorError> {
-        self.get(slot)?;
-        let tasks = self
-            .hooks
-            .tasks(slot.0)?
-            .into_iter()
-            .map(TaskInfo::from)
-            .collect();
+        let pid_ns = self.get(slot)?.pid_ns;
+        let Some(hooks) = &mut self.hooks else {
+            let tasks = crate::tasks_from_proc(u64::from(pid_ns));
+            return tasks.map_err(|source| InspectorError::Kernel {
+                what: "the tasks of a sandbox cannot be listed",
+                source,
+            });
+        };
+        let tasks = hooks.tasks(slot.0)?;
+        let tasks = tasks.into_iter().map(TaskInfo::from).collect();
         Ok(TaskTable { tasks })
     }
 
     fn take(&mut self, slot: SandboxSlot) -> Result<Effects, InspectorError> {
-        let pid_ns = self.get(slot)?.pid_ns;
-        // The order matters: counters before the drains (see the module's documentation).
-        let counters = self.hooks.counters(pid_ns)?;
-        let seen = self.get(slot)?.seen;
-        if counters.added != seen.added || counters.overflow != seen.overflow {
-            self.drain_dirty()?;
-        }
-        self.drain_events();
+        let registered = self.get(slot)?;
+        let (Some(hooks), Some(place)) = (&self.hooks, registered.place) else {
+            return self.take_unseen(slot);
+        };
+        // The order matters: the epoch, then the counters, then the drains (see the module's documentation).
+        let (epoch, counters) = hooks.cells.turn(place);
+        self.drain_until(slot, &counters)?;
         self.check_misses()?;
+        let mapped = match self.set {
+            ProbeSet::Syscalls => self.mapped(slot)?,
+            _ => None,
+        };
 
         let registered = self
             .registered
             .get_mut(&slot.0)
             .ok_or(InspectorError::UnknownSlot(slot))?;
+        let seen = std::mem::replace(&mut registered.seen, counters);
         let pending = &mut registered.pending;
-        let overflowed = counters.overflow.wrapping_sub(seen.overflow);
-        if overflowed > 0 {
-            pending.doubt(format!(
-                "{overflowed} changes found no room in the map of dirty inodes"
-            ));
+        if counters.overflow != seen.overflow {
+            pending.doubt("so many inodes were changed that they found no room in the log");
         }
         if let Some(reason) = &registered.blind {
             pending.doubt(reason.clone());
         }
+        if counters.calls != seen.calls {
+            pending.doubt(format!(
+                "a system call (number {}) may have changed files",
+                counters.last_call
+            ));
+        }
+        if counters.rings > 0 {
+            pending.doubt(
+                "it has made an asynchronous ring, which may change files without system calls",
+            );
+        }
+        // What is mapped now was mapped by a call that counted, or before the last reading; what was mapped then may have been stored to and unmapped since.
+        if let Some(path) = &mapped {
+            pending.doubt(format!("{} is mapped shared", path.display()));
+        } else if registered.mapped && self.set == ProbeSet::Syscalls {
+            pending.doubt("a file was mapped shared");
+        }
+        registered.mapped = mapped.is_some();
         if counters.events_lost != seen.events_lost {
             pending.events_lost = true;
         }
-        registered.seen = counters;
         Ok(Effects {
-            files: pending.take_files(registered.dev),
+            files: pending.take_files(registered.dev, epoch),
             born: std::mem::take(&mut pending.born),
             execs: std::mem::take(&mut pending.execs),
             exited: std::mem::take(&mut pending.exited),
             process_events_lost: std::mem::take(&mut pending.events_lost),
-            mark: Mark {
-                added: counters.added,
-                overflow: counters.overflow,
-                events: counters.events,
-            },
+            mark: mark(&counters),
         })
     }
 
-    fn drain_dirty(&mut self) -> Result<(), InspectorError> {
+    /// A file that any process of the sandbox has mapped shared.
+    fn mapped(&mut self, slot: SandboxSlot) -> Result<Option<PathBuf>, InspectorError> {
+        let tasks = self.tasks(slot)?;
+        let living = tasks.tasks.iter().filter(|t| !t.exited).map(|t| t.tgid);
+        for pid in living.collect::<std::collections::BTreeSet<_>>() {
+            let mappings =
+                crate::mappings::shared_mappings(pid).map_err(|source| InspectorError::Kernel {
+                    what: "the mappings of a process cannot be read",
+                    source,
+                })?;
+            let files = mappings.into_iter().map(|m| m.mapping);
+            // Memory without a name, and System V segments, are no files.
+            let file = |m: &crate::SharedMapping| {
+                let name = m.path.as_os_str().as_encoded_bytes();
+                !(m.deleted
+                    && [&b"/memfd:"[..], b"/SYSV", b"/dev/zero"]
+                        .iter()
+                        .any(|p| name.starts_with(p)))
+            };
+            if let Some(found) = files.into_iter().find(file) {
+                return Ok(Some(found.path));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A reading without probes.
+    fn take_unseen(&mut self, slot: SandboxSlot) -> Result<Effects, InspectorError> {
+        let registered = self
+            .registered
+            .get_mut(&slot.0)
+            .ok_or(InspectorError::UnknownSlot(slot))?;
+        registered
+            .pending
+            .doubt("no probe watches files: all of them are looked at");
+        let epoch = 0;
+        Ok(Effects {
+            files: registered.pending.take_files(registered.dev, epoch),
+            born: Vec::new(),
+            execs: Vec::new(),
+            exited: Vec::new(),
+            process_events_lost: true,
+            mark: Mark::default(),
+        })
+    }
+
+    /// Drains until everything that was counted for a sandbox has been read.
+    fn drain_until(
+        &mut self,
+        slot: SandboxSlot,
+        counters: &Counters,
+    ) -> Result<(), InspectorError> {
+        let start = std::time::Instant::now();
+        for round in 0u32.. {
+            let r = self.get(slot)?;
+            let (files, events) = (
+                r.logged < counters.logged,
+                r.events < counters.events - counters.events_lost,
+            );
+            if files {
+                self.drain_log();
+            }
+            if events {
+                self.drain_events();
+            }
+            let r = self
+                .registered
+                .get_mut(&slot.0)
+                .ok_or(InspectorError::UnknownSlot(slot))?;
+            let behind = (
+                r.logged < counters.logged,
+                r.events < counters.events - counters.events_lost,
+            );
+            if behind == (false, false) {
+                break;
+            }
+            // Somebody is in the midst of writing an entry: some instructions without preemption, longer only where the whole machine stands still.
+            if start.elapsed() > PATIENCE {
+                if behind.0 {
+                    r.logged = counters.logged;
+                    r.pending
+                        .doubt("the log of dirty inodes could not be read to its end");
+                }
+                if behind.1 {
+                    r.events = counters.events - counters.events_lost;
+                    r.pending.events_lost = true;
+                }
+                break;
+            }
+            match round {
+                0..1000 => std::hint::spin_loop(),
+                _ => std::thread::yield_now(),
+            }
+        }
+        Ok(())
+    }
+
+    fn drain_log(&mut self) {
         let Self {
             hooks,
             registered,
             bounds,
+            quota,
             ..
         } = self;
-        let drained = hooks.drain_dirty(|dirty| {
+        let Some(hooks) = hooks else { return };
+        // What comes in a row is mostly of one sandbox.
+        let mut touched: Vec<u32> = Vec::new();
+        hooks.drain_log(|dirty| {
             if let Some(r) = registered.get_mut(&dirty.slot) {
+                r.logged += 1;
+                if touched.last() != Some(&dirty.slot) {
+                    touched.push(dirty.slot);
+                }
                 r.pending.dirty(dirty, *bounds);
             }
         });
-        drained.map_err(|source| {
-            for r in registered.values_mut() {
-                r.pending
-                    .doubt("the map of dirty inodes could not be read to its end");
+        touched.sort_unstable();
+        touched.dedup();
+        for slot in touched {
+            if let Some((place, logged)) = registered
+                .get(&slot)
+                .and_then(|r| Some((r.place?, r.logged)))
+            {
+                hooks.cells.allow(place, logged + *quota);
             }
-            InspectorError::Kernel {
-                what: "the map of dirty inodes cannot be read",
-                source,
-            }
-        })
+        }
     }
 
     fn drain_events(&mut self) {
@@ -398,10 +643,12 @@ impl State {
             bounds,
             ..
         } = self;
+        let Some(hooks) = hooks else { return };
         let mut unreadable = false;
         hooks.drain_events(|event| match event {
             Some(event) => {
                 if let Some(r) = registered.get_mut(&event.slot) {
+                    r.events += 1;
                     r.pending.event(event, *bounds);
                 }
             }
@@ -417,12 +664,16 @@ impl State {
     /// A hook that the kernel skipped (it does so when the program is already running on that CPU) may
     /// have been about any sandbox.
     fn check_misses(&mut self) -> Result<(), InspectorError> {
-        let misses = self.hooks.misses()?;
+        let Some(hooks) = &self.hooks else {
+            return Ok(());
+        };
+        let misses = hooks.misses()?;
         let (files, processes) = (misses.0 != self.misses.0, misses.1 != self.misses.1);
-        self.misses = misses;
-        if files || processes {
-            tracing::warn!(files, processes, "the kernel skipped eBPF programs");
+        if !files && !processes {
+            return Ok(());
         }
+        self.misses = misses;
+        tracing::warn!(files, processes, "the kernel skipped eBPF programs");
         for r in self.registered.values_mut() {
             if files {
                 r.pending.doubt("the kernel skipped a hook");
@@ -433,4 +684,23 @@ impl State {
         }
         Ok(())
     }
+}
+
+fn mark(counters: &Counters) -> Mark {
+    Mark {
+        files: (counters.logged, counters.overflow, counters.calls),
+        events: counters.events,
+    }
+}
+
+/// An error with its causes, as one sentence.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(e) = next {
+        text.push_str(": ");
+        text.push_str(&e.to_string());
+        next = e.source();
+    }
+    text
 }

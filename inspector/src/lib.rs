@@ -16,16 +16,23 @@
 //! freezing and capture.
 
 mod calls;
+mod cells;
 mod effects;
 mod error;
+#[cfg(test)]
+mod harmless;
 mod inspector;
 mod load;
 mod mappings;
+pub mod memory;
+mod objects;
 mod pending;
+mod probes;
 mod procfs;
 mod raw;
 pub mod rearm;
 mod support;
+mod surroundings;
 mod sys;
 mod tasks;
 mod thaw;
@@ -37,8 +44,10 @@ pub use effects::{
 pub use error::InspectorError;
 pub use inspector::{Activity, Inspector, InspectorOptions};
 pub use mappings::{SharedMapping, shared_writable_mappings, shared_writable_mappings_of};
+pub use probes::ProbeSet;
 pub use procfs::tasks_from_proc;
 pub use support::{pid_ns_inode, supports};
+pub use surroundings::Surroundings;
 pub use tasks::{RanBecause, TaskInfo, TaskRan, TaskTable};
 pub use thaw::{Thaw, ThawBecause, ThawRan};
 pub use watch::ThawWatch;

@@ -1,26 +1,81 @@
 //! Loading and attaching the embedded programs, and the typed ends of their maps.
+//!
+//! The programs are loaded once; those on files and processes are attached only while a sandbox is registered, those of a watch only
+//! while something is watched: what nobody needs costs the machine nothing.
 
+use std::any::Any;
 use std::error::Error;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
-use aya::programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint};
+use aya::programs::{Iter, Program, ProgramError, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, include_bytes_aligned};
 
 use crate::calls::{Calls, TaskCalls};
+use crate::cells::Cells;
 use crate::error::InspectorError;
-use crate::raw::{self, Event, Sandbox, Task};
+use crate::probes::ProbeSet;
+use crate::raw::{self, Event, Task};
 use crate::{InspectorOptions, sys};
 
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/effects.o"));
+/// One compilation of the programs.
+pub(crate) struct Object {
+    bytes: &'static [u8],
+    /// Program and what it is attached to, of each hook on files.
+    files: &'static [(&'static str, &'static str)],
+    /// What a kernel lacks that has not one of them.
+    lacks: &'static str,
+}
 
-/// Program and tracepoint of each hook on files.
-const FILE_HOOKS: [(&str, &str); 3] = [
+static EXT4: Object = Object {
+    bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/EXT4.o")),
+    files: &EXT4_HOOKS,
+    lacks: "it needs Linux 6.5 or newer with ext4 built in",
+};
+static EXT4_RAW: Object = Object {
+    bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/EXT4_RAW.o")),
+    files: &EXT4_HOOKS,
+    lacks: "it needs Linux 6.2 or newer with ext4",
+};
+
+const EXT4_HOOKS: [(&str, &str); 3] = [
     ("tp_inode_dirty", "writeback_mark_inode_dirty"),
     ("tp_ext4_dirty", "ext4_mark_inode_dirty"),
     ("tp_ext4_journal", "ext4_journal_start_inode"),
 ];
+static TRAMPOLINE: Object = Object {
+    bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/TRAMPOLINE.o")),
+    files: &TRAMPOLINE_HOOKS,
+    lacks: "it needs Linux 6.6 or newer with CONFIG_SECURITY, that allows trampolines",
+};
+/// Program and function have one name.
+const TRAMPOLINE_HOOKS: [(&str, &str); 17] = [
+    ("security_inode_create", "security_inode_create"),
+    ("security_inode_symlink", "security_inode_symlink"),
+    ("security_inode_mkdir", "security_inode_mkdir"),
+    ("security_inode_mknod", "security_inode_mknod"),
+    ("security_inode_rmdir", "security_inode_rmdir"),
+    ("security_inode_unlink", "security_inode_unlink"),
+    ("security_inode_link", "security_inode_link"),
+    ("security_inode_rename", "security_inode_rename"),
+    ("security_inode_setattr", "security_inode_setattr"),
+    ("security_inode_setxattr", "security_inode_setxattr"),
+    ("security_inode_removexattr", "security_inode_removexattr"),
+    ("security_inode_set_acl", "security_inode_set_acl"),
+    ("security_inode_remove_acl", "security_inode_remove_acl"),
+    ("vfs_fileattr_set", "vfs_fileattr_set"),
+    ("security_file_permission", "security_file_permission"),
+    ("file_update_time", "file_update_time"),
+    ("__mark_inode_dirty", "__mark_inode_dirty"),
+];
+
+static SYSCALLS: Object = Object {
+    bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/SYSCALLS.o")),
+    files: &[("tp_call", "sys_enter"), ("tp_call_done", "sys_exit")],
+    lacks: "it needs Linux 6.5 or newer on x86-64",
+};
+
 /// Program and tracepoint of each hook on processes.
 const PROCESS_HOOKS: [(&str, &str); 3] = [
     ("tp_fork", "sched_process_fork"),
@@ -37,18 +92,60 @@ const ITERATOR: &str = "iter_tasks";
 /// More tasks than any pids limit allows one sandbox.
 const MAX_TASKS: u64 = 1 << 18;
 
-/// The programs, attached for as long as this lives.
+/// Bytes of an entry of the log, with the ring's own header.
+const LOG_ENTRY: u32 = 32;
+
+/// The programs, loaded for as long as this lives.
 pub(crate) struct Hooks {
     ebpf: Ebpf,
-    sandboxes: HashMap<MapData, u32, Sandbox>,
+    /// On files and processes, without those left out.
+    hooks: Vec<(&'static str, &'static str)>,
+    object: &'static Object,
+    /// Detach when dropped. Empty while no sandbox is registered.
+    links: Vec<Box<dyn Any + Send>>,
+    pub(crate) cells: Cells,
     wanted: Array<MapData, u32>,
-    dirty: MapData,
+    log: RingBuf<MapData>,
     events: RingBuf<MapData>,
     calls: Calls,
 }
 
+/// The objects of a probe set, best first.
+fn objects(set: ProbeSet) -> Vec<&'static Object> {
+    match set {
+        ProbeSet::Ext4 => vec![&EXT4, &EXT4_RAW],
+        ProbeSet::Trampoline => vec![&TRAMPOLINE],
+        // The numbers of system calls are those of x86-64.
+        ProbeSet::Syscalls if cfg!(target_arch = "x86_64") => vec![&SYSCALLS],
+        ProbeSet::Syscalls | ProbeSet::Walk => vec![],
+    }
+}
+
 impl Hooks {
-    pub(crate) fn load(options: &InspectorOptions) -> Result<Self, InspectorError> {
+    /// Loads the programs of a probe set.
+    pub(crate) fn load(set: ProbeSet, options: &InspectorOptions) -> Result<Self, InspectorError> {
+        let mut failed = None;
+        let mut forms = objects(set);
+        if options.plainest_form {
+            forms = forms.split_off(forms.len().saturating_sub(1));
+        }
+        for object in forms {
+            match Self::load_object(object, options) {
+                Ok(hooks) => return Ok(hooks),
+                Err(e) => {
+                    // The last error is of the least demanding one.
+                    tracing::debug!(set = set.name(), error = %e, "one form of the eBPF programs cannot be used");
+                    failed = Some(e);
+                }
+            }
+        }
+        Err(failed.unwrap_or_else(|| InspectorError::Object(format!("the {set} probe set"))))
+    }
+
+    fn load_object(
+        object: &'static Object,
+        options: &InspectorOptions,
+    ) -> Result<Self, InspectorError> {
         let btf = Btf::from_sys_fs().map_err(|e| {
             unsupported(
                 "the kernel offers no type information in /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF)",
@@ -57,38 +154,30 @@ impl Hooks {
         })?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
-            .map_max_entries("SANDBOXES", options.max_sandboxes.max(1))
             .map_max_entries("WATCHED", options.max_sandboxes.max(1))
             .map_max_entries("CALLS", options.max_watched_tasks.max(1))
-            .map_max_entries("DIRTY", options.max_dirty_inodes.max(1))
-            .map_max_entries("EVENTS", ring_size(options.event_bytes))
-            .load(OBJECT)
+            .map_max_entries(
+                "LOG",
+                ring_size(options.max_dirty_inodes.saturating_mul(2 * LOG_ENTRY), 4096),
+            )
+            .map_max_entries("EVENTS", ring_size(options.event_bytes, 64 * 1024))
+            .load(object.bytes)
             .map_err(|e| denied_or(e, "the kernel does not accept the eBPF maps"))?;
 
-        for (name, tracepoint) in FILE_HOOKS {
-            let hook: &mut RawTracePoint = program(&mut ebpf, name)?;
-            hook.load()
-                .map_err(|e| denied_or(e, &format!("the kernel does not accept program {name}")))?;
-            if options.leave_out.contains(&tracepoint) {
-                continue;
-            }
-            hook.attach(tracepoint).map_err(|e| {
+        let mut hooks = object.files.to_vec();
+        hooks.extend(PROCESS_HOOKS);
+        for (name, on) in &hooks {
+            load_hook(&mut ebpf, name, on, &btf).map_err(|e| {
                 denied_or(
                     e,
                     &format!(
-                        "tracepoint {tracepoint} is missing (it needs Linux 6.2 or newer with ext4)"
+                        "the kernel does not accept program {name} on {on} ({})",
+                        object.lacks
                     ),
                 )
             })?;
         }
-        for (name, tracepoint) in PROCESS_HOOKS {
-            let hook: &mut BtfTracePoint = program(&mut ebpf, name)?;
-            hook.load(tracepoint, &btf)
-                .map_err(|e| denied_or(e, &format!("the kernel does not accept program {name}")))?;
-            hook.attach().map_err(|e| {
-                denied_or(e, &format!("tracepoint {tracepoint} cannot be attached to"))
-            })?;
-        }
+        hooks.retain(|(_, on)| !options.leave_out.contains(on));
         for (name, _) in WATCH_HOOKS {
             let hook: &mut RawTracePoint = program(&mut ebpf, name)?;
             hook.load()
@@ -102,49 +191,62 @@ impl Hooks {
             )
         })?;
 
-        let dirty = match map(&mut ebpf, "DIRTY")? {
-            Map::HashMap(data) => data,
-            _ => return Err(InspectorError::Object("a hash map named DIRTY".into())),
+        let Map::Array(sandboxes) = map(&mut ebpf, "SANDBOXES")? else {
+            return Err(InspectorError::Object("an array named SANDBOXES".into()));
         };
+        let cells = Cells::map(sandboxes.fd().as_fd())
+            .map_err(|e| kernel("the table of sandboxes cannot be mapped", e))?;
         let wrong = |e: aya::maps::MapError| InspectorError::Object(format!("a usable map ({e})"));
-        Ok(Self {
-            sandboxes: HashMap::try_from(map(&mut ebpf, "SANDBOXES")?).map_err(wrong)?,
+        let mut this = Self {
+            cells,
             wanted: Array::try_from(map(&mut ebpf, "WANTED")?).map_err(wrong)?,
+            log: RingBuf::try_from(map(&mut ebpf, "LOG")?).map_err(wrong)?,
             events: RingBuf::try_from(map(&mut ebpf, "EVENTS")?).map_err(wrong)?,
             calls: Calls::new(
                 HashMap::try_from(map(&mut ebpf, "WATCHED")?).map_err(wrong)?,
                 HashMap::try_from(map(&mut ebpf, "CALLS")?).map_err(wrong)?,
             ),
-            dirty,
+            links: Vec::new(),
+            hooks,
+            object,
             ebpf,
-        })
+        };
+        // Tried at once, so that a set that cannot be attached is not chosen.
+        this.attach()?;
+        this.detach();
+        Ok(this)
     }
 
-    pub(crate) fn insert(&mut self, pid_ns: u32, sandbox: Sandbox) -> Result<(), InspectorError> {
-        self.sandboxes
-            .insert(pid_ns, sandbox, 0)
-            .map_err(|e| kernel("a sandbox cannot be registered with the eBPF programs", e))
+    /// Attaches the hooks on files and processes, unless they are.
+    pub(crate) fn attach(&mut self) -> Result<(), InspectorError> {
+        if !self.links.is_empty() {
+            return Ok(());
+        }
+        let mut links = Vec::new();
+        for (name, on) in &self.hooks {
+            links.push(attach_hook(&mut self.ebpf, name, on).map_err(|e| {
+                denied_or(
+                    e,
+                    &format!("{on} cannot be attached to ({})", self.object.lacks),
+                )
+            })?);
+        }
+        self.links = links;
+        Ok(())
     }
 
-    pub(crate) fn remove(&mut self, pid_ns: u32) -> Result<(), InspectorError> {
-        self.sandboxes
-            .remove(&pid_ns)
-            .map_err(|e| kernel("a sandbox cannot be unregistered from the eBPF programs", e))
+    /// Detaches them.
+    pub(crate) fn detach(&mut self) {
+        self.links.clear();
     }
 
-    pub(crate) fn counters(&self, pid_ns: u32) -> Result<Sandbox, InspectorError> {
-        self.sandboxes
-            .get(&pid_ns, 0)
-            .map_err(|e| kernel("the counters of a sandbox cannot be read", e))
-    }
-
-    /// Takes all dirty inodes of all sandboxes out of the kernel.
-    pub(crate) fn drain_dirty(&self, mut entry: impl FnMut(raw::Dirty)) -> io::Result<()> {
-        sys::drain(self.dirty.fd().as_fd(), |key, value| {
-            if let Some(dirty) = raw::Dirty::decode(key, value) {
+    /// Takes what was logged of all sandboxes out of the kernel, up to what is being written just now.
+    pub(crate) fn drain_log(&mut self, mut entry: impl FnMut(raw::Dirty)) {
+        while let Some(item) = self.log.next() {
+            if let Some(dirty) = raw::Dirty::decode(&item) {
                 entry(dirty);
             }
-        })
+        }
     }
 
     /// Takes all process events of all sandboxes out of the kernel. `None` is a record that could not be read.
@@ -157,7 +259,7 @@ impl Hooks {
     /// How often a hook on files, and one on processes, was skipped by the kernel since load.
     pub(crate) fn misses(&self) -> Result<(u64, u64), InspectorError> {
         Ok((
-            self.misses_of(&FILE_HOOKS)?,
+            self.misses_of(self.object.files)?,
             self.misses_of(&PROCESS_HOOKS)?,
         ))
     }
@@ -247,9 +349,37 @@ impl Hooks {
     }
 }
 
+fn load_hook(ebpf: &mut Ebpf, name: &str, on: &str, btf: &Btf) -> Result<(), ProgramError> {
+    match ebpf.program_mut(name) {
+        Some(Program::BtfTracePoint(hook)) => hook.load(on, btf),
+        Some(Program::RawTracePoint(hook)) => hook.load(),
+        Some(Program::FEntry(hook)) => hook.load(on, btf),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Attaches a hook; what it answers detaches it when dropped.
+fn attach_hook(ebpf: &mut Ebpf, name: &str, on: &str) -> Result<Box<dyn Any + Send>, ProgramError> {
+    Ok(match ebpf.program_mut(name) {
+        Some(Program::BtfTracePoint(hook)) => {
+            let link = hook.attach()?;
+            Box::new(hook.take_link(link)?)
+        }
+        Some(Program::RawTracePoint(hook)) => {
+            let link = hook.attach(on)?;
+            Box::new(hook.take_link(link)?)
+        }
+        Some(Program::FEntry(hook)) => {
+            let link = hook.attach()?;
+            Box::new(hook.take_link(link)?)
+        }
+        _ => return Err(ProgramError::UnexpectedProgramType),
+    })
+}
+
 /// A ring's size has to be a power of two and at least a page.
-fn ring_size(bytes: u32) -> u32 {
-    bytes.clamp(64 * 1024, 1 << 30).next_power_of_two()
+fn ring_size(bytes: u32, least: u32) -> u32 {
+    bytes.clamp(least, 1 << 30).next_power_of_two()
 }
 
 fn map(ebpf: &mut Ebpf, name: &str) -> Result<Map, InspectorError> {

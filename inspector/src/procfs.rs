@@ -3,6 +3,7 @@
 //! For hosts on which the programs cannot be loaded. It costs a look at every process of the host (some microseconds each), and is no single moment: a
 //! caller that needs one freezes the sandbox, or reads twice. What was born and is gone between two readings leaves no trace here.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -10,6 +11,8 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::tasks::{TaskInfo, TaskTable};
 
+/// A sandbox in which something is born all the time is not at rest in any of its readings.
+const MAX_LISTS: u32 = 8;
 /// Pid namespaces may be nested this deep (the kernel's own limit).
 const MAX_NESTED: usize = 32;
 /// `NS_GET_PARENT`, the same on every architecture that Linux programs of today run on.
@@ -23,12 +26,21 @@ const NS_GET_PARENT: libc::c_ulong = 0xb702;
 /// If `/proc` cannot be read, or does not say what it says on every supported kernel. Processes that end meanwhile are left out.
 pub fn tasks_from_proc(pid_ns_inode: u64) -> io::Result<TaskTable> {
     let mut tasks = Vec::new();
-    for pid in numbers("/proc")? {
-        if !belongs(pid, pid_ns_inode) {
-            continue;
+    let mut known = HashSet::new();
+    // Listed until there is nothing new: what was born during a list and lives on when the reading ends is in the table.
+    for _ in 0..MAX_LISTS {
+        let mut any = false;
+        for pid in numbers("/proc")? {
+            if !known.insert(pid) || !belongs(pid, pid_ns_inode) {
+                continue;
+            }
+            any = true;
+            for tid in still_there(numbers(&format!("/proc/{pid}/task")))?.unwrap_or_default() {
+                tasks.extend(still_there(task(pid, tid))?);
+            }
         }
-        for tid in still_there(numbers(&format!("/proc/{pid}/task")))?.unwrap_or_default() {
-            tasks.extend(still_there(task(pid, tid))?);
+        if !any {
+            break;
         }
     }
     tasks.sort_by_key(|t| t.tid);

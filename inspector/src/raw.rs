@@ -3,49 +3,44 @@
 //! Decoding copies fields out of byte slices at fixed offsets and needs no `unsafe`; a slice of the wrong
 //! length is an error of the caller, seen as `None`.
 
-/// `struct sandbox`: the value of `SANDBOXES`.
-#[repr(C)]
+/// The counters of `struct sandbox`. They only ever grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Sandbox {
-    pub(crate) slot: u32,
-    pub(crate) dev: u32,
-    pub(crate) added: u64,
+pub(crate) struct Counters {
+    pub(crate) logged: u64,
     pub(crate) overflow: u64,
     pub(crate) events: u64,
     pub(crate) events_lost: u64,
+    pub(crate) calls: u64,
+    pub(crate) last_call: u64,
+    pub(crate) rings: u64,
 }
 
-const _: () = assert!(size_of::<Sandbox>() == 40);
-
-// SAFETY: plain integers without padding (40 bytes, asserted above): every bit pattern is a value and every byte is initialised.
-unsafe impl aya::Pod for Sandbox {}
-
-/// Length of `struct dirty_key`.
-pub(crate) const DIRTY_KEY: usize = 16;
-/// Length of the value of `DIRTY`.
-pub(crate) const DIRTY_VALUE: usize = 4;
+/// Length of `struct dirty`.
+pub(crate) const DIRTY: usize = 24;
 /// Length of `struct event`.
 pub(crate) const EVENT: usize = 184;
 /// Length of `struct task_record`.
 pub(crate) const TASK: usize = 152;
 
-/// One entry of `DIRTY`.
+/// `struct dirty`: one entry of `LOG`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Dirty {
     pub(crate) ino: u64,
     pub(crate) slot: u32,
     pub(crate) generation: u32,
+    pub(crate) epoch: u64,
 }
 
 impl Dirty {
-    pub(crate) fn decode(key: &[u8], value: &[u8]) -> Option<Self> {
-        if key.len() != DIRTY_KEY || value.len() != DIRTY_VALUE {
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != DIRTY {
             return None;
         }
         Some(Self {
-            ino: u64_at(key, 0)?,
-            slot: u32_at(key, 12)?,
-            generation: u32_at(value, 0)?,
+            ino: u64_at(bytes, 0)?,
+            slot: u32_at(bytes, 8)?,
+            generation: u32_at(bytes, 12)?,
+            epoch: u64_at(bytes, 16)?,
         })
     }
 }
@@ -197,24 +192,25 @@ mod tests {
 
     #[test]
     fn records_of_a_wrong_length_are_refused() {
-        assert_eq!(Dirty::decode(&[0; 15], &[0; 4]), None);
-        assert_eq!(Dirty::decode(&[0; 16], &[0; 5]), None);
+        assert_eq!(Dirty::decode(&[0; DIRTY - 1]), None);
         assert_eq!(Event::decode(&[0; EVENT - 1]), None);
         assert_eq!(Task::decode(&[0; TASK + 1]), None);
     }
 
     #[test]
     fn a_dirty_entry_is_read_at_its_offsets() {
-        let mut key = [0u8; DIRTY_KEY];
-        key[..8].copy_from_slice(&77u64.to_ne_bytes());
-        key[12..].copy_from_slice(&5u32.to_ne_bytes());
-        let dirty = Dirty::decode(&key, &9u32.to_ne_bytes());
+        let mut entry = [0u8; DIRTY];
+        entry[..8].copy_from_slice(&77u64.to_ne_bytes());
+        entry[8..12].copy_from_slice(&5u32.to_ne_bytes());
+        entry[12..16].copy_from_slice(&9u32.to_ne_bytes());
+        entry[16..].copy_from_slice(&3u64.to_ne_bytes());
         assert_eq!(
-            dirty,
+            Dirty::decode(&entry),
             Some(Dirty {
                 ino: 77,
                 slot: 5,
-                generation: 9
+                generation: 9,
+                epoch: 3
             })
         );
     }

@@ -13,6 +13,8 @@ use crate::inspector::{State, lock};
 use crate::raw::Task;
 use crate::thaw::{Thaw, ThawBecause, ThawRan, judge};
 
+const WHAT: &str = "a thaw from work";
+
 /// Counts what the threads of one sandbox do, from its making until it is dropped. See [`Inspector::watch_thaw`](crate::Inspector::watch_thaw).
 ///
 /// While any watch lives, every system call of the machine costs a little more; none should outlive the first tenth of a second after its thaw by much.
@@ -41,9 +43,10 @@ impl ThawWatch {
     ) -> Result<Self, InspectorError> {
         let state = &mut *lock(shared);
         state.get(slot)?;
-        let misses = state.hooks.watch_misses()?;
-        let id = state.hooks.watch(slot.0)?;
-        match state.hooks.tasks(slot.0) {
+        let hooks = state.hooks(WHAT)?;
+        let misses = hooks.watch_misses()?;
+        let id = hooks.watch(slot.0)?;
+        match hooks.tasks(slot.0) {
             Ok(before) => Ok(Self {
                 state: Arc::clone(shared),
                 slot,
@@ -52,7 +55,7 @@ impl ThawWatch {
                 misses,
             }),
             Err(e) => {
-                state.hooks.unwatch(slot.0, id);
+                hooks.unwatch(slot.0, id);
                 Err(e)
             }
         }
@@ -69,11 +72,11 @@ impl ThawWatch {
     pub fn poll(&self, ignore_tgid: u32) -> Result<Thaw, InspectorError> {
         let state = &mut *lock(&self.state);
         state.get(self.slot)?;
-        let now = state.hooks.tasks(self.slot.0)?;
-        let calls = state.hooks.calls(self.slot.0, self.id)?;
-        let again = state.hooks.tasks(self.slot.0)?;
-        let Some(calls) = calls.filter(|_| state.hooks.watch_misses().ok() == Some(self.misses))
-        else {
+        let hooks = state.hooks(WHAT)?;
+        let now = hooks.tasks(self.slot.0)?;
+        let calls = hooks.calls(self.slot.0, self.id)?;
+        let again = hooks.tasks(self.slot.0)?;
+        let Some(calls) = calls.filter(|_| hooks.watch_misses().ok() == Some(self.misses)) else {
             return Ok(Thaw::Ran(vec![ThawRan {
                 task: None,
                 because: ThawBecause::Doubt,
@@ -94,6 +97,8 @@ fn same(a: &[Task], b: &[Task], ignore_tgid: u32) -> bool {
 
 impl Drop for ThawWatch {
     fn drop(&mut self) {
-        lock(&self.state).hooks.unwatch(self.slot.0, self.id);
+        if let Ok(hooks) = lock(&self.state).hooks(WHAT) {
+            hooks.unwatch(self.slot.0, self.id);
+        }
     }
 }

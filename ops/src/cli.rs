@@ -88,12 +88,22 @@ pub(crate) enum Command {
     /// The host daemon, its store, and what does not work on this host
     #[command(after_help = help::STATUS_AFTER)]
     Status,
+    /// This host
+    #[command(subcommand, arg_required_else_help = true)]
+    Host(HostCommand),
     /// Print a completion script for a shell
     #[command(after_help = help::COMPLETIONS_AFTER)]
     Completions {
         /// The shell the script is for
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// What it runs on: kernel, probes and why not better ones, runc, CRIU, store
+    #[command(after_help = help::STATUS_AFTER)]
+    Show,
 }
 
 #[derive(Debug, Subcommand)]
@@ -204,6 +214,12 @@ pub(crate) struct CreateArgs {
     /// Mount a host directory in; no checkpoint covers what is in it
     #[arg(long, value_name = "SOURCE:TARGET[:ro]", value_parser = mount)]
     pub(crate) mount: Vec<MountSpec>,
+    /// A line of gitignore syntax: changes of such paths alone ask for no checkpoint; may be given several times
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) ignore: Vec<String>,
+    /// The agent that runs inside (aider, claude, codex, gemini, opencode): its own bookkeeping is ignored too
+    #[arg(long, value_name = "NAME")]
+    pub(crate) agent: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -19,7 +19,7 @@ mod ui;
 
 use clap::{CommandFactory, Parser};
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, HostCommand};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::ui::Ui;
@@ -78,7 +78,9 @@ async fn dispatch(command: Command, client: &Client, ui: Ui) -> Result<(), Failu
         Command::Restore(args) => commands::restore::restore(args, client, ui).await,
         Command::Rollback(args) => commands::restore::rollback(args, client, ui).await,
         Command::Fork(args) => commands::restore::fork(args, client, ui).await,
-        Command::Status => commands::status::run(client, ui).await,
+        Command::Status | Command::Host(HostCommand::Show) => {
+            commands::status::run(client, ui).await
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidepool", &mut script);

@@ -68,8 +68,11 @@ pub struct HostStatus {
     pub host: String,
     pub uptime_s: u64,
     pub state_dir: String,
-    /// The inspector's probe set, such as `ext4`; `walk` where no probe could be loaded.
+    /// The inspector's probe set: `ext4`, `trampoline`, `syscalls` or `walk`.
     pub probe_set: String,
+    /// Why better ones are not in use, one sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub probe_fallbacks: Vec<String>,
     pub runc: Option<String>,
     pub criu: Option<String>,
     pub kernel: String,
@@ -146,6 +149,10 @@ pub struct CreateSandbox {
     pub network: bool,
     /// Host directories mounted in; no checkpoint covers them.
     pub mounts: Vec<MountSpec>,
+    /// Lines of gitignore syntax, from the sandbox's root: changes of such paths alone ask for no checkpoint.
+    pub ignore: Vec<String>,
+    /// A known agent that runs inside, whose own bookkeeping is ignored too.
+    pub agent: Option<String>,
 }
 
 /// A host directory mounted into a sandbox.
@@ -187,6 +194,12 @@ pub struct SandboxInfo {
     pub capture_error: Option<String>,
     /// What no checkpoint covers, such as `host directory /data at /mnt`.
     pub not_covered: Vec<String>,
+    /// Lines of gitignore syntax: changes of such paths alone ask for no checkpoint. The daemon's own, the agent's, the sandbox's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore: Vec<String>,
+    /// The known agent whose bookkeeping is among them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
 }
 
 /// Runs a command in a sandbox.

@@ -25,7 +25,13 @@ impl Host {
                 live: None,
                 stale: false,
             };
-            let sandbox = Sandbox::new(known.id, record, self.dir(known.id), inner);
+            let sandbox = Sandbox::new(
+                known.id,
+                record,
+                self.dir(known.id),
+                &self.config.ignore,
+                inner,
+            );
             let mut inner = sandbox.inner.lock().await;
             if known.last_turn == TurnNo(0) {
                 // Its creation was cut short before anyone was told.

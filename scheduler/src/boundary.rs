@@ -66,8 +66,10 @@ impl Sandbox {
         if let (Err(e), Some(live)) = (&done, inner.live.as_mut()) {
             tracing::warn!(sandbox = %self.record.name, error = %e, "a turn could not be committed");
             live.index = None;
+            live.committed = None;
             live.tasks = None;
             live.memory = None;
+            live.around = None;
             inner.stale = true;
         }
         self.set_capture_error(done.as_ref().err().map(|e| e.message.clone()));
@@ -154,8 +156,19 @@ impl<'a> Boundary<'a> {
             .map(|f| f.captured.tree)
             .or(last.map(|(_, m)| m.upper));
         let upper = upper.ok_or_else(|| HostError::failed("there is no file tree to commit"))?;
-        let files_changed = last.is_none_or(|(_, m)| m.upper != upper);
         let processes_changed = last.is_none_or(|(_, m)| m.processes != processes);
+        // Where nothing but what is not worth a checkpoint changed, the last one stands as it is; where there is to be one, it has everything.
+        let light = match (&captured, last, processes_changed) {
+            (Some(files), Some((_, m)), false) if m.upper != upper => {
+                files.light.clone().map(|light| (light, m.upper))
+            }
+            _ => None,
+        };
+        let (light, upper) = match light {
+            Some((light, upper)) => (Some(light), upper),
+            None => (None, upper),
+        };
+        let files_changed = last.is_none_or(|(_, m)| m.upper != upper);
         let verdict = Verdict::of(files_changed, processes_changed);
         let changes = match (&captured, last) {
             (
@@ -172,6 +185,7 @@ impl<'a> Boundary<'a> {
             }
             _ => Vec::new(),
         };
+        let changes = if light.is_some() { Vec::new() } else { changes };
         let upper_bytes = match (&captured, last) {
             (Some(f), _) => f.captured.bytes,
             (None, Some((_, m))) => m.upper_bytes,
@@ -224,7 +238,14 @@ impl<'a> Boundary<'a> {
             ended_ms,
             verdict,
             checkpoint,
-            evidence: evidence(&look, &changes, &this.reasons, verdict, not_covered(record)),
+            evidence: evidence(
+                &look,
+                &changes,
+                &this.reasons,
+                verdict,
+                light.as_ref(),
+                not_covered(record),
+            ),
             stats,
             result,
         };
@@ -249,15 +270,22 @@ impl<'a> Boundary<'a> {
             tokio::spawn(async move { client.end_session(session).await });
         }
         live.index = match captured {
-            Some(files) if files.unarmed => None,
-            Some(files) => Some(Arc::new(files.captured.index)),
+            Some(files) => {
+                let unarmed = files.unarmed;
+                let index = Arc::new(files.captured.index);
+                if light.is_none() {
+                    live.committed = Some(index.clone());
+                }
+                (!unarmed).then_some(index)
+            }
             None => index,
         };
         live.tasks = match settled {
             Some(settled) => settled.await?,
-            None => look.tasks,
+            None => Some(look.tasks),
         };
         live.memory = Some(look.memory);
+        live.around = Some(look.around);
         inner.turn = turn;
         if let (Some(id), Some(manifest)) = (id, manifest) {
             inner.last = Some((id, manifest));
@@ -287,6 +315,8 @@ impl<'a> Boundary<'a> {
             match taken {
                 Some(taken) if quiet => match self.held(live, &taken, look.seen.alive).await {
                     Seen::No => captured = Some(taken),
+                    // A process that held any of it and wrote to it has run.
+                    _ if taken.light.is_some() => captured = Some(taken),
                     _ => {
                         self.reasons
                             .push("a living process may hold a file that changed".into());

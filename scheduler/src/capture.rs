@@ -8,7 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tidepool_fs::{CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, TreeIndex};
+use tidepool_fs::{
+    CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, Light, TreeIndex,
+};
 use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch, rearm};
 use tidepool_proto::ChunkName;
 use tidepool_proto::api::{ChangeKind, PathChange, SandboxState};
@@ -35,6 +37,8 @@ pub(crate) struct Files {
     pub(crate) captured: Captured,
     /// What changed since the last capture; none where that is not known here.
     pub(crate) changes: Option<Vec<PathChange>>,
+    /// Set where nothing changed since the last checkpoint that is worth one.
+    pub(crate) light: Option<Light>,
     /// A mapped file may change unseen from now on: the next capture has to read everything.
     pub(crate) unarmed: bool,
 }
@@ -53,6 +57,7 @@ impl Boundary<'_> {
         let key = self.host.transfer.key.clone();
         let mut sink = upload.sink();
         let effects = effects.clone();
+        let (committed, rules) = (live.committed.clone(), self.sandbox.rules.clone());
         let others = self.others(live).await?;
         tokio::task::spawn_blocking(move || {
             let pids = others.into_iter().map(|pid| pid as u32);
@@ -88,9 +93,14 @@ impl Boundary<'_> {
             };
             let changes = index.map(|before| captured.index.changes_since(&before, MAX_CHANGES));
             let changes = changes.filter(|c| !c.truncated).map(|c| c.changes);
+            let light = committed.and_then(|before| {
+                let ignores = |path: &[u8], dir: bool| rules.ignores(path, dir);
+                tidepool_fs::weigh(&upper, &before, &captured.index, &ignores)
+            });
             Ok(Some(Files {
                 captured,
                 changes,
+                light,
                 unarmed: !unarmed.is_empty(),
             }))
         })
@@ -185,8 +195,10 @@ impl Boundary<'_> {
 
     /// Begins to tell a thaw from work. None where that is not possible: all that lives then counts as having run.
     fn watch_thaw(&self, live: &Live, wanted: bool) -> Option<ThawWatch> {
-        let (inspector, slot) = (self.host.inspector.as_ref()?, live.slot.filter(|_| wanted)?);
-        let watch = inspector.watch_thaw(slot);
+        if !wanted {
+            return None;
+        }
+        let watch = self.host.inspector.watch_thaw(live.slot);
         watch
             .inspect_err(|e| tracing::debug!(error = %e, "a thaw cannot be watched"))
             .ok()

@@ -3,7 +3,31 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use tidepool_inspector::ProbeSet;
+
+/// The probe set asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Probes {
+    Auto,
+    Ext4,
+    Trampoline,
+    Syscalls,
+    Walk,
+}
+
+impl Probes {
+    /// None where the best is to be found.
+    pub fn set(self) -> Option<ProbeSet> {
+        match self {
+            Self::Auto => None,
+            Self::Ext4 => Some(ProbeSet::Ext4),
+            Self::Trampoline => Some(ProbeSet::Trampoline),
+            Self::Syscalls => Some(ProbeSet::Syscalls),
+            Self::Walk => Some(ProbeSet::Walk),
+        }
+    }
+}
 
 /// Runs sandboxes on this host and checkpoints their turns.
 #[derive(Debug, Clone, Parser)]
@@ -61,6 +85,14 @@ pub struct Config {
     /// Where process images are kept until they are sent; memory-backed.
     #[arg(long, default_value = "/dev/shm")]
     pub dump_dir: PathBuf,
+
+    /// How the effects of sandboxes are seen: the first that this kernel allows of `ext4`, `trampoline` and `syscalls`, else `walk`; or the one named, without which the daemon does not start.
+    #[arg(long, env = "TIDEPOOL_PROBES", value_enum, default_value_t = Probes::Auto)]
+    pub probes: Probes,
+
+    /// A line of gitignore syntax for all sandboxes: changes of such paths alone ask for no checkpoint; may be given several times. A sandbox's own lines come after these.
+    #[arg(long, value_name = "PATTERN")]
+    pub ignore: Vec<String>,
 
     /// Loads the inspector and checks runc, CRIU, overlay and the kernel; says what does not work; exits.
     #[arg(long)]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use tidepool_inspector::{Inspector, InspectorOptions};
+use tidepool_inspector::{Inspector, InspectorOptions, ProbeSet};
 use tidepool_proto::api::*;
 use tidepool_proto::manifest::Compat;
 use tidepool_proto::{DomainId, ErrorKind, SandboxId};
@@ -37,8 +37,7 @@ pub struct Host {
     pub(crate) transfer: Transfer,
     pub(crate) domain: DomainId,
     pub(crate) runtime: Runtime,
-    /// None where no probe could be loaded: every boundary then walks.
-    pub(crate) inspector: Option<Arc<Inspector>>,
+    pub(crate) inspector: Arc<Inspector>,
     pub(crate) pages: Arc<Mutex<PageIndex>>,
     pub(crate) compat: Compat,
     /// Process dumps at one time: as many as there are cores (more only slow each other down).
@@ -64,17 +63,33 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-fn load_inspector(warnings: &mut Vec<String>) -> Option<Arc<Inspector>> {
-    match Inspector::load(&InspectorOptions::default()) {
-        Ok(inspector) => Some(Arc::new(inspector)),
-        Err(e) => {
-            warnings.push(format!(
-                "no eBPF probe could be loaded ({}): every turn walks the sandbox's files, and processes that live through a turn are always dumped",
-                chain(&e)
-            ));
-            None
-        }
+/// Loads the probes asked for, or the best that can be had.
+fn load_inspector(config: &Config, warnings: &mut Vec<String>) -> Result<Arc<Inspector>> {
+    let options = InspectorOptions {
+        probe_set: config.probes.set(),
+        ..InspectorOptions::default()
+    };
+    let inspector = Inspector::load(&options).map_err(|e| {
+        HostError::new(
+            ErrorKind::Unavailable,
+            format!("loading the probes: {}", chain(&e)),
+        )
+    })?;
+    let fallbacks = inspector.fallbacks();
+    if !fallbacks.is_empty() {
+        tracing::info!(
+            "probes: {} ({})",
+            inspector.probe_set(),
+            fallbacks.join("; ")
+        );
     }
+    if inspector.probes() == ProbeSet::Walk {
+        warnings.push(format!(
+            "no eBPF probe is in use{}: every turn walks the sandbox's files, and processes that live through a turn are always dumped",
+            if fallbacks.is_empty() { "" } else { " since none could be loaded" }
+        ));
+    }
+    Ok(Arc::new(inspector))
 }
 
 fn runtime_config(config: &Config, run: PathBuf, kept: PathBuf) -> RuntimeConfig {
@@ -92,8 +107,18 @@ fn runtime_config(config: &Config, run: PathBuf, kept: PathBuf) -> RuntimeConfig
 /// Unavailable where sandboxes could not be run or watched at all.
 pub async fn check(config: &Config) -> Result<()> {
     let mut warnings = Vec::new();
-    let inspector = load_inspector(&mut warnings);
-    println!("inspector: {}", inspector.map_or("none", |i| i.probe_set()));
+    match load_inspector(config, &mut warnings) {
+        Ok(inspector) => {
+            println!("inspector: {}", inspector.probe_set());
+            for why in inspector.fallbacks() {
+                println!("inspector: {why}");
+            }
+        }
+        Err(e) => {
+            println!("inspector: none");
+            warnings.push(e.message);
+        }
+    }
     let dir = std::env::temp_dir().join(format!("tidepool-check-{}", std::process::id()));
     let runtime = Runtime::new(runtime_config(config, dir.join("run"), dir.join("state"))).await;
     let _ = std::fs::remove_dir_all(&dir);
@@ -173,7 +198,7 @@ impl Host {
             ));
         }
         let compat = compat(found.criu.clone().unwrap_or_default())?;
-        let inspector = load_inspector(&mut warnings);
+        let inspector = load_inspector(&config, &mut warnings)?;
         for warning in &warnings {
             tracing::warn!("{warning}");
         }
@@ -294,11 +319,8 @@ impl Host {
             }),
             uptime_s: self.started.elapsed().as_secs(),
             state_dir: self.state.root().display().to_string(),
-            probe_set: self
-                .inspector
-                .as_ref()
-                .map_or("walk", |i| i.probe_set())
-                .to_owned(),
+            probe_set: self.inspector.probe_set().to_owned(),
+            probe_fallbacks: self.inspector.fallbacks(),
             runc: Some(found.runc.clone()),
             criu: found.criu.clone().ok(),
             kernel: self.compat.kernel.clone(),

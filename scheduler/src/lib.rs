@@ -11,7 +11,6 @@
 //! | [`life`], [`adopt`] | sandboxes made, paused and removed; those that ran on without the daemon |
 //! | [`history`] | turns and checkpoints in the store |
 //! | [`sandbox`], [`exec`] | one sandbox here; its commands |
-//! | [`observe`] | memory-backed files and IPC objects of a sandbox |
 //! | [`boundary`] | a turn's end: look, decide, capture, commit |
 //! | [`look`], [`capture`] | its steps: what is seen; files and processes as chunks |
 //! | [`restore`] | from a checkpoint to a running sandbox: restore, rollback, fork |
@@ -35,7 +34,6 @@ pub mod images;
 pub mod keys;
 pub mod life;
 pub mod look;
-pub mod observe;
 pub mod record;
 pub mod restore;
 pub mod sandbox;

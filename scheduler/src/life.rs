@@ -7,17 +7,18 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tidepool_inspector::memory::MemoryFiles;
 use tidepool_inspector::{SandboxSlot, Target};
 use tidepool_proto::api::*;
 use tidepool_proto::ids::valid_label;
 use tidepool_proto::{Epoch, ErrorKind, SandboxId, TurnNo};
 use tidepool_sandbox::{Created, HostMount, Layers, Network, SandboxName, SandboxSpec};
+use tidepool_scheduler_core::ignore::{self, Rules};
 
 use crate::boundary::Cause;
 use crate::error::{Context, HostError, Result, chain};
 use crate::host::{Host, now_ms};
 use crate::http::Reporter;
-use crate::observe::MemoryFiles;
 use crate::record::{LocalRecord, SandboxDir, SandboxRecord};
 use crate::sandbox::{Inner, Live, Sandbox};
 
@@ -88,7 +89,11 @@ impl Host {
         let image = self.image(&request.image).await?;
         let spec = self.spec(&request, &image)?;
         spec.validate().map_err(HostError::from)?;
+        let rules = ignored(&self.config.ignore, &request.agent, &request.ignore)?;
+        Rules::new(&rules).map_err(HostError::invalid)?;
         let record = SandboxRecord {
+            ignore: request.ignore,
+            agent: request.agent,
             name: request.name,
             image_name: image.name,
             image: image.tree,
@@ -106,6 +111,7 @@ impl Host {
             id,
             record,
             self.dir(id),
+            &self.config.ignore,
             Inner {
                 epoch,
                 turn: TurnNo(0),
@@ -212,7 +218,7 @@ impl Host {
         &self,
         name: SandboxName,
         created: Created,
-        slot: Option<SandboxSlot>,
+        slot: SandboxSlot,
         local: LocalRecord,
     ) -> Result<Live> {
         let key = self.init_key(&local.init_nonce);
@@ -224,8 +230,10 @@ impl Host {
             local,
             slot,
             index: None,
+            committed: None,
             tasks: None,
             memory: None,
+            around: None,
         })
     }
 
@@ -255,33 +263,20 @@ impl Host {
         Ok(())
     }
 
-    pub(crate) fn watch(
-        &self,
-        sandbox: &Sandbox,
-        created: &Created,
-    ) -> Result<Option<SandboxSlot>> {
-        let Some(inspector) = &self.inspector else {
-            return Ok(None);
-        };
+    pub(crate) fn watch(&self, sandbox: &Sandbox, created: &Created) -> Result<SandboxSlot> {
         let target = Target {
             pid_ns_inode: created.pid_ns_inode,
             upper_dir: sandbox.dir.upper(),
         };
-        match inspector.register(&target) {
-            Ok(slot) => Ok(Some(slot)),
-            Err(e) => Err(HostError::failed(format!(
-                "watching the sandbox: {}",
-                chain(&e)
-            ))),
-        }
+        self.inspector
+            .register(&target)
+            .map_err(|e| HostError::failed(format!("watching the sandbox: {}", chain(&e))))
     }
 
     /// Ends what runs of a sandbox here and removes its directory. Done where there is nothing.
     pub(crate) async fn tear_down(&self, sandbox: &Sandbox, inner: &mut Inner) -> Result<()> {
-        if let Some(live) = inner.live.take()
-            && let (Some(inspector), Some(slot)) = (&self.inspector, live.slot)
-        {
-            inspector.unregister(slot);
+        if let Some(live) = inner.live.take() {
+            self.inspector.unregister(live.slot);
         }
         self.runtime.destroy(&runtime_name(sandbox.id)?).await?;
         let dir = sandbox.dir.clone();
@@ -350,6 +345,31 @@ impl Host {
         };
         sandbox.boundary(&self, &mut inner, cause).await
     }
+}
+
+/// All lines that say what is ignored in a sandbox, in the order in which they count: the daemon's, its agent's, its own.
+pub(crate) fn ignored(
+    host: &[String],
+    agent: &Option<String>,
+    own: &[String],
+) -> Result<Vec<String>> {
+    let of_agent = match agent {
+        None => &[],
+        Some(name) => ignore::agent_lines(name).ok_or_else(|| {
+            let known: Vec<&str> = ignore::agents().collect();
+            HostError::invalid(format!(
+                "no bookkeeping of an agent named {name:?} is known: {}",
+                known.join(", ")
+            ))
+        })?,
+    };
+    let of_agent = of_agent.iter().map(|l| (*l).to_owned());
+    Ok(host
+        .iter()
+        .cloned()
+        .chain(of_agent)
+        .chain(own.iter().cloned())
+        .collect())
 }
 
 /// What the container runtime calls a sandbox.

@@ -4,7 +4,9 @@
 
 use std::collections::BTreeSet;
 
-use tidepool_inspector::{FileEffects, Mark, RanBecause, TaskTable};
+use tidepool_fs::Light;
+use tidepool_inspector::memory::{MemoryFiles, ipc_in_use};
+use tidepool_inspector::{FileEffects, Mark, ProbeSet, RanBecause, Surroundings, TaskTable};
 use tidepool_proto::CheckpointId;
 use tidepool_proto::api::PathChange;
 use tidepool_proto::manifest::Manifest;
@@ -13,7 +15,7 @@ use tidepool_scheduler_core::verdict::{FilesSeen, Observation, Previous, Process
 
 use crate::boundary::Boundary;
 use crate::error::{Context, HostError, Result, chain};
-use crate::observe::{MemoryFiles, ipc_in_use};
+
 use crate::sandbox::{Live, shorten};
 
 /// Paths and processes named in a turn's evidence.
@@ -24,10 +26,14 @@ const SAMPLE_LEN: usize = 80;
 /// What a boundary saw.
 pub(crate) struct Look {
     pub(crate) files: FileEffects,
-    pub(crate) tasks: Option<TaskTable>,
-    pub(crate) mark: Option<Mark>,
+    pub(crate) tasks: TaskTable,
+    pub(crate) mark: Mark,
     pub(crate) memory: MemoryFiles,
     pub(crate) ipc: bool,
+    /// What else processes can notice.
+    pub(crate) around: Surroundings,
+    /// How that differs from the last boundary's; none where that is not known.
+    pub(crate) differs: Option<Vec<String>>,
     /// Processes besides init, as `pid comm: what happened`.
     pub(crate) happened: Vec<String>,
     pub(crate) seen: ProcessesSeen,
@@ -37,64 +43,28 @@ impl Boundary<'_> {
     /// Reads what happened since the last boundary.
     pub(crate) async fn look(&self, live: &Live) -> Result<Look> {
         let (inspector, slot, init_pid) = (self.host.inspector.clone(), live.slot, live.init_pid);
-        let baseline = live.tasks.clone();
-        let blind = match (&inspector, slot) {
-            (Some(_), Some(_)) => None,
-            _ => Some(
-                self.host
-                    .runtime
-                    .processes(&live.name)
-                    .await
-                    .map_err(HostError::from)?,
-            ),
-        };
+        let (baseline, around_before) = (live.tasks.clone(), live.around.clone());
         tokio::task::spawn_blocking(move || {
             // Tasks before files: what a task does between the two readings is then in the files, or shows as having run.
-            let (tasks, files, mark, lost) = match (&inspector, slot) {
-                (Some(inspector), Some(slot)) => {
-                    let tasks = inspector
-                        .tasks(slot)
-                        .map_err(|e| HostError::failed(chain(&e)))?;
-                    let effects = inspector
-                        .take(slot)
-                        .map_err(|e| HostError::failed(chain(&e)))?;
-                    (
-                        Some(tasks),
-                        effects.files,
-                        Some(effects.mark),
-                        effects.process_events_lost,
-                    )
-                }
-                _ => {
-                    let reason = "nothing watches this sandbox".to_owned();
-                    (None, FileEffects::Everything { reason }, None, true)
-                }
-            };
+            let tasks = inspector
+                .tasks(slot)
+                .map_err(|e| HostError::failed(chain(&e)))?;
+            let effects = inspector
+                .take(slot)
+                .map_err(|e| HostError::failed(chain(&e)))?;
+            // Where there are no events at all the tables have to do, and they can: see `processes_seen`.
+            let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;
             let memory = MemoryFiles::read(init_pid);
             let ipc = ipc_in_use(init_pid).context("looking at the sandbox's IPC objects")?;
-            let (seen, happened) = match (&tasks, blind) {
-                (Some(now), _) => processes_seen(now, baseline.as_ref(), init_pid, lost),
-                (None, blind) => {
-                    let others = blind
-                        .unwrap_or_default()
-                        .iter()
-                        .filter(|p| p.pid as u32 != init_pid)
-                        .count();
-                    let unknown = (others == 0).then_some(0);
-                    let seen = ProcessesSeen {
-                        alive: Some(others as u64),
-                        ran: unknown,
-                        born: unknown,
-                        exited: Some(0),
-                        lost: false,
-                    };
-                    (seen, Vec::new())
-                }
-            };
+            let (seen, happened) = processes_seen(&tasks, baseline.as_ref(), init_pid, lost);
+            let around = Surroundings::read(init_pid, &living(&tasks, init_pid));
+            let differs = around_before.map(|before| around.changes_since(&before));
             Ok(Look {
-                files,
+                around,
+                differs,
+                files: effects.files,
                 tasks,
-                mark,
+                mark: effects.mark,
                 memory,
                 ipc,
                 happened,
@@ -106,13 +76,8 @@ impl Boundary<'_> {
 
     /// Whether nothing ran and nothing was dirtied since `look`. Init itself runs when it is spoken to; it writes no files.
     pub(crate) async fn quiet_since(&self, live: &Live, look: &Look) -> Result<bool> {
-        let (Some(inspector), Some(slot)) = (self.host.inspector.clone(), live.slot) else {
-            return Ok(look.seen.alive == Some(0));
-        };
-        let (Some(tasks), Some(mark)) = (look.tasks.clone(), look.mark) else {
-            return Ok(false);
-        };
-        let init_pid = live.init_pid;
+        let (inspector, slot, init_pid) = (self.host.inspector.clone(), live.slot, live.init_pid);
+        let (tasks, mark) = (look.tasks.clone(), look.mark);
         tokio::task::spawn_blocking(move || {
             let activity = inspector
                 .activity_since(slot, &mark, &tasks)
@@ -140,6 +105,12 @@ pub(crate) fn merge(a: &FileEffects, b: FileEffects) -> FileEffects {
     }
 }
 
+/// Processes besides init.
+fn living(tasks: &TaskTable, init: u32) -> BTreeSet<u32> {
+    let others = tasks.tasks.iter().filter(|t| t.tgid != init && !t.exited);
+    others.map(|t| t.tgid).collect()
+}
+
 /// What the task tables say of the processes besides init.
 fn processes_seen(
     now: &TaskTable,
@@ -147,8 +118,7 @@ fn processes_seen(
     init: u32,
     lost: bool,
 ) -> (ProcessesSeen, Vec<String>) {
-    let others = |t: &&tidepool_inspector::TaskInfo| t.tgid != init && !t.exited;
-    let alive: BTreeSet<u32> = now.tasks.iter().filter(others).map(|t| t.tgid).collect();
+    let alive = living(now, init);
     let mut happened = Vec::new();
     let Some(baseline) = baseline else {
         let unknown = alive.is_empty().then_some(0);
@@ -213,7 +183,13 @@ pub(crate) fn observation(
         (false, true) => Seen::No,
         (false, false) => Seen::Yes,
     };
+    let held = match (&look.differs, look.around.unsure.is_some()) {
+        (_, true) | (None, _) => Seen::Unknown,
+        (Some(differs), _) if differs.is_empty() => Seen::No,
+        (Some(_), _) => Seen::Yes,
+    };
     Observation {
+        held,
         files,
         processes,
         // Decided when the changed paths are known.
@@ -236,7 +212,8 @@ pub(crate) fn evidence(
     changes: &[PathChange],
     reasons: &[String],
     verdict: Verdict,
-    not_covered: Vec<String>,
+    light: Option<&Light>,
+    mut not_covered: Vec<String>,
 ) -> Evidence {
     let sample = |list: &[String]| {
         list.iter()
@@ -244,21 +221,43 @@ pub(crate) fn evidence(
             .map(|s| shorten(s, SAMPLE_LEN))
             .collect()
     };
+    let outside = look.around.outside.iter();
+    not_covered.extend(outside.map(|c| format!("connection {c}: closed by a restore")));
+    let differs = look.differs.as_deref().unwrap_or_default();
+    // A restore makes the network anew, and mounts where no process image is restored.
+    let lost = differs
+        .iter()
+        .filter(|d| d.starts_with("network ") || d.starts_with("mount "));
+    not_covered.extend(lost.map(|d| format!("{d}: made inside")));
+    let mut happened = look.happened.clone();
+    happened.extend(differs.iter().cloned());
     let paths: Vec<String> = changes.iter().map(|c| c.path.clone()).collect();
     let mut reasons: Vec<String> = reasons.to_vec();
     reasons.extend(look.memory.unsure.clone());
     reasons.dedup();
+    // A Clean turn's record stays small: what made it look twice is not worth keeping. What was passed over is.
+    if verdict == Verdict::Clean {
+        reasons.clear();
+    }
+    if let Some(light) = light.filter(|l| l.ignored_total > 0) {
+        reasons.push(format!(
+            "{} changes are ignored: {}",
+            light.ignored_total,
+            light.ignored.join(", ")
+        ));
+    }
+    if let Some(light) = light.filter(|l| l.renewed > 0) {
+        reasons.push(format!(
+            "{} files were written anew with the same contents",
+            light.renewed
+        ));
+    }
     Evidence {
         paths: sample(&paths),
         paths_total: paths.len() as u64,
-        processes: sample(&look.happened),
-        processes_total: look.happened.len() as u64,
-        // A Clean turn's record stays small: what made it look twice is not worth keeping.
-        reasons: if verdict == Verdict::Clean {
-            Vec::new()
-        } else {
-            sample(&reasons)
-        },
+        processes: sample(&happened),
+        processes_total: happened.len() as u64,
+        reasons: sample(&reasons),
         not_covered: sample(&not_covered),
     }
 }

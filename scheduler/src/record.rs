@@ -4,12 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tidepool_inspector::memory::MemoryFiles;
 use tidepool_proto::{DomainId, Epoch, SandboxId, TreeId};
 use tidepool_sandbox::SandboxSpec;
 
 use crate::error::{Context, HostError, Result, chain};
 use crate::keys::write_synced;
-use crate::observe::MemoryFiles;
 
 /// A sandbox's record in the store, as JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -19,6 +19,12 @@ pub struct SandboxRecord {
     pub image: TreeId,
     pub domain: DomainId,
     pub spec: SandboxSpec,
+    /// Lines of gitignore syntax given when it was created.
+    #[serde(default)]
+    pub ignore: Vec<String>,
+    /// The known agent that runs inside.
+    #[serde(default)]
+    pub agent: Option<String>,
     /// The key that speaks to its init is derived from the domain's key and this.
     #[serde(with = "hex::serde")]
     pub init_nonce: [u8; 32],

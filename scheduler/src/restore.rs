@@ -184,6 +184,7 @@ impl Host {
             let mut live = self
                 .start_fresh(sandbox, inner.epoch, nonce, report)
                 .await?;
+            live.committed = index.clone();
             live.index = index;
             return Ok((live, fetched));
         };
@@ -230,6 +231,7 @@ impl Host {
         // The images may have been another sandbox's: a fork's keys are its own.
         let forked = manifest.turn == TurnNo(1);
         self.forget_ended(sandbox, &live, forked).await?;
+        live.committed = index.clone();
         live.index = index;
         Ok((live, fetched))
     }
@@ -274,6 +276,8 @@ impl Host {
             image: manifest.image,
             domain: from.record.domain.clone(),
             spec,
+            ignore: from.record.ignore.clone(),
+            agent: from.record.agent.clone(),
             init_nonce: manifest.init_nonce,
             created_ms: now_ms(),
         };
@@ -289,7 +293,7 @@ impl Host {
             live: None,
             stale: false,
         };
-        let sandbox = Sandbox::new(id, record, self.dir(id), inner);
+        let sandbox = Sandbox::new(id, record, self.dir(id), &self.config.ignore, inner);
         sandbox.set_state(SandboxState::Starting);
         self.insert(sandbox.clone());
         let mut inner = sandbox.inner.lock().await;

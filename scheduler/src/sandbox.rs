@@ -8,15 +8,17 @@
 use std::sync::{Arc, Mutex};
 
 use tidepool_fs::TreeIndex;
-use tidepool_inspector::{SandboxSlot, TaskTable};
+use tidepool_inspector::memory::MemoryFiles;
+use tidepool_inspector::{SandboxSlot, Surroundings, TaskTable};
 use tidepool_proto::api::*;
 use tidepool_proto::manifest::Manifest;
 use tidepool_proto::{CheckpointId, Epoch, SandboxId, TurnNo};
 use tidepool_sandbox::{InitClient, JobControl, SandboxName};
+use tidepool_scheduler_core::ignore::Rules;
 
 use crate::error::{HostError, Result};
 use crate::host::lock;
-use crate::observe::MemoryFiles;
+use crate::life::ignored;
 use crate::record::{LocalRecord, SandboxDir, SandboxRecord};
 
 /// A sandbox.
@@ -24,6 +26,9 @@ pub struct Sandbox {
     pub id: SandboxId,
     pub record: SandboxRecord,
     pub dir: SandboxDir,
+    /// The lines that say which changes alone ask for no checkpoint, and what they mean.
+    ignore: Vec<String>,
+    pub(crate) rules: Rules,
     public: Mutex<Public>,
     /// The exec that runs now, for input and signals.
     pub(crate) running: Mutex<Option<(String, JobControl)>>,
@@ -60,14 +65,17 @@ pub struct Live {
     pub(crate) init: InitClient,
     /// As its directory has it.
     pub(crate) local: LocalRecord,
-    /// None where nothing watches: every boundary walks and doubts.
-    pub(crate) slot: Option<SandboxSlot>,
+    pub(crate) slot: SandboxSlot,
     /// The upper as of the last capture; none makes the next one walk it whole.
     pub(crate) index: Option<Arc<TreeIndex>>,
+    /// The upper as of the last checkpoint, where that is known: what has changed since is weighed against it.
+    pub(crate) committed: Option<Arc<TreeIndex>>,
     /// Tasks as of the last boundary; none counts all that live as having run.
     pub(crate) tasks: Option<TaskTable>,
     /// Memory-backed files as of the last boundary.
     pub(crate) memory: Option<MemoryFiles>,
+    /// What else its processes can notice, as of the last boundary.
+    pub(crate) around: Option<Surroundings>,
 }
 
 impl Sandbox {
@@ -75,9 +83,15 @@ impl Sandbox {
         id: SandboxId,
         record: SandboxRecord,
         dir: SandboxDir,
+        host: &[String],
         inner: Inner,
     ) -> Arc<Self> {
+        // Checked when it was created. What another version knew and this one does not is not ignored.
+        let ignore = ignored(host, &record.agent, &record.ignore).unwrap_or_default();
+        let rules = Rules::new(&ignore).unwrap_or_default();
         let sandbox = Self {
+            ignore,
+            rules,
             public: Mutex::new(Public {
                 state: SandboxState::Dead,
                 epoch: inner.epoch,
@@ -117,6 +131,8 @@ impl Sandbox {
             created_ms: self.record.created_ms,
             capture_error: p.capture_error,
             not_covered: not_covered(&self.record),
+            ignore: self.ignore.clone(),
+            agent: self.record.agent.clone(),
         }
     }
 

@@ -29,7 +29,8 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
 fn stage(dir: &Path) -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // SAFETY: no pointers; this process has one thread.
-    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) };
+    let unshared =
+        unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET) };
     ensure!(unshared == 0, "unshare: {}", last());
     mount_change(
         "/",
@@ -53,6 +54,7 @@ fn stage(dir: &Path) -> Result<()> {
     )
     .context("mounting the overlay")?;
     std::env::set_current_dir(dir.join("merged"))?;
+    loopback_up()?;
 
     // SAFETY: this process has one thread, so the child is a whole one.
     match unsafe { libc::fork() } {
@@ -160,9 +162,123 @@ fn command(cx: &mut Cx, line: &str) -> Result<()> {
             Ok(())
         }
         "read" => read_everything(Path::new(".")),
+        // Opens what is asked for and does not run again: a process whose state others can change.
+        "hold" => {
+            let mut child = Command::new(std::env::current_exe()?);
+            child.arg(crate::sandbox::HOLD).args(rest.split(' '));
+            let mut child = child.stdout(std::process::Stdio::piped()).spawn()?;
+            let mut ready = [0; 6];
+            std::io::Read::read_exact(&mut child.stdout.take().context("no stdout")?, &mut ready)?;
+            say(&format!("holding {}", child.id()))
+        }
+        "put" => {
+            let (path, text) = rest.split_once(' ').context("put PATH TEXT")?;
+            Ok(std::fs::OpenOptions::new()
+                .write(true)
+                .open(path)?
+                .write_all(text.as_bytes())?)
+        }
+        "fifo" => crate::ops::mknod(rest, libc::S_IFIFO),
+        "connect" => {
+            std::mem::forget(std::net::TcpStream::connect(rest)?);
+            Ok(())
+        }
+        "mount" => {
+            std::fs::create_dir(rest)?;
+            Ok(mount("tmpfs", rest, "tmpfs", MountFlags::empty(), None)?)
+        }
+        "umount" => Ok(rustix::mount::unmount(
+            rest,
+            rustix::mount::UnmountFlags::empty(),
+        )?),
+        "stop" | "signal" | "limit" => {
+            // SAFETY: `limit` outlives the call.
+            unsafe {
+                let pid = rest.parse()?;
+                let limit = libc::rlimit {
+                    rlim_cur: 7,
+                    rlim_max: 77,
+                };
+                let answer = match verb {
+                    "stop" => libc::kill(pid, libc::SIGSTOP),
+                    "signal" => libc::kill(pid, libc::SIGUSR1),
+                    _ => libc::prlimit(
+                        pid,
+                        libc::RLIMIT_NOFILE,
+                        &raw const limit,
+                        std::ptr::null_mut(),
+                    ),
+                };
+                ensure!(answer == 0, "{}", last());
+            }
+            Ok(())
+        }
         "nothing" => Ok(()),
         other => bail!("no such command: {other}"),
     }
+}
+
+/// The other side of `hold`: opens, blocks a signal, unshares, says so, and sleeps for ever.
+pub(crate) fn hold(words: &[String]) -> ExitCode {
+    let done = || -> Result<()> {
+        for word in words {
+            match word.split_once('=').unwrap_or((word, "")) {
+                ("fifo", path) => {
+                    let both = std::fs::OpenOptions::new()
+                        .read(true)
+                        .write(true)
+                        .open(path)?;
+                    std::mem::forget(both);
+                }
+                ("listen", address) => std::mem::forget(std::net::TcpListener::bind(address)?),
+                ("block", _) => {
+                    // SAFETY: the set is initialised before it is used, and outlives the calls.
+                    unsafe {
+                        let mut set = std::mem::zeroed();
+                        libc::sigemptyset(&raw mut set);
+                        libc::sigaddset(&raw mut set, libc::SIGUSR1);
+                        libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+                    }
+                }
+                // SAFETY: no pointers; one thread.
+                ("unshare", _) => ensure!(
+                    unsafe { libc::unshare(libc::CLONE_NEWUTS) } == 0,
+                    "{}",
+                    last()
+                ),
+                _ => bail!("cannot hold {word}"),
+            }
+        }
+        say("ready")
+    };
+    match done() {
+        Ok(()) => loop {
+            // SAFETY: no pointers.
+            unsafe { libc::pause() };
+        },
+        Err(e) => {
+            eprintln!("{e:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Brings the loopback device of the own network namespace up.
+fn loopback_up() -> Result<()> {
+    // SAFETY: `ifreq` is plain data; it outlives the calls.
+    unsafe {
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        ensure!(socket >= 0, "{}", last());
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+            *to = *from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        let answer = libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request);
+        libc::close(socket);
+        ensure!(answer == 0, "{}", last());
+    }
+    Ok(())
 }
 
 /// Threads that wait for ever, each in another call.

@@ -14,7 +14,19 @@ use crate::cases::{CASES, Case};
 use crate::sandbox::{Sandbox, Watched, inode, scratch};
 
 pub(crate) fn every_operation_is_seen_at_its_path() -> Result<()> {
-    let mut watched = Watched::start(&InspectorOptions::default())?;
+    every_operation(&InspectorOptions::default())
+}
+
+pub(crate) fn inodes_of(files: &FileEffects) -> Option<HashSet<u64>> {
+    match files {
+        FileEffects::Inodes(inodes) => Some(inodes.iter().map(|i| i.ino).collect()),
+        FileEffects::Everything { .. } => None,
+    }
+}
+
+/// For a probe set that names inodes.
+pub(crate) fn every_operation(options: &InspectorOptions) -> Result<()> {
+    let mut watched = Watched::start(options)?;
     let failures: Vec<String> = CASES
         .iter()
         .filter_map(|case| {

@@ -11,6 +11,8 @@ mod files;
 mod ops;
 mod processes;
 mod sandbox;
+mod sets;
+mod surroundings;
 mod thaws;
 mod uring;
 
@@ -111,6 +113,51 @@ const TESTS: &[Test] = &[
         thaws::a_watch_leaves_nothing_attached,
     ),
     (
+        "the_plain_form_sees_the_same",
+        sets::the_plain_form_sees_the_same,
+    ),
+    (
+        "trampolines_see_the_same_or_are_refused",
+        sets::trampolines_see_the_same_or_are_refused,
+    ),
+    #[cfg(target_arch = "x86_64")]
+    (
+        "system_calls_tell_that_files_may_have_changed",
+        sets::system_calls_tell_that_files_may_have_changed,
+    ),
+    #[cfg(target_arch = "x86_64")]
+    ("system_calls_see_mappings", sets::system_calls_see_mappings),
+    (
+        "a_walk_always_doubts_files_and_knows_tasks",
+        sets::a_walk_always_doubts_files_and_knows_tasks,
+    ),
+    ("the_best_set_is_found", sets::the_best_set_is_found),
+    (
+        "nothing_stays_attached_without_sandboxes",
+        sets::nothing_stays_attached_without_sandboxes,
+    ),
+    (
+        "a_storm_stays_correct_and_bounded",
+        sets::a_storm_stays_correct_and_bounded,
+    ),
+    ("a_storm_is_nobody_elses", sets::a_storm_is_nobody_elses),
+    (
+        "mounts_made_inside_are_seen",
+        surroundings::mounts_made_inside_are_seen,
+    ),
+    (
+        "namespaces_made_inside_are_seen",
+        surroundings::namespaces_made_inside_are_seen,
+    ),
+    (
+        "what_others_do_to_a_sleeping_process_is_seen",
+        surroundings::what_others_do_to_a_sleeping_process_is_seen,
+    ),
+    (
+        "a_sleeping_process_keeps_its_state",
+        surroundings::a_sleeping_process_keeps_its_state,
+    ),
+    (
         "bad_registrations_are_refused",
         processes::bad_registrations_are_refused,
     ),
@@ -120,6 +167,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|a| a == sandbox::FLAG) {
         return child::run(&arguments[1..]);
+    }
+    if arguments.first().is_some_and(|a| a == sandbox::HOLD) {
+        return child::hold(&arguments[1..]);
     }
     if arguments.iter().any(|a| a == "--list") {
         TESTS.iter().for_each(|(name, _)| println!("{name}: test"));

@@ -22,6 +22,9 @@ use crate::cases::CASES;
 /// First argument of this binary when it is to be a sandbox.
 pub(crate) const FLAG: &str = "--tp-sandbox";
 
+/// First argument when it is to be a process that holds things and sleeps.
+pub(crate) const HOLD: &str = "--tp-hold";
+
 /// Far more than any step takes; only to end a hang.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -104,6 +107,18 @@ impl Sandbox {
         let answer = self.reply()?;
         ensure!(answer == "ok", "{command}: {answer}");
         Ok(())
+    }
+
+    /// Has the sandbox start a process that holds these; answers its number inside.
+    pub(crate) fn hold(&mut self, what: &str) -> Result<u32> {
+        self.send(&format!("hold {what}"))?;
+        let line = self.reply()?;
+        let pid = line
+            .strip_prefix("holding ")
+            .context(line.clone())?
+            .parse()?;
+        self.finish("hold")?;
+        Ok(pid)
     }
 
     /// Waits for a line other than a command's answer.

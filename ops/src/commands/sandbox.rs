@@ -35,6 +35,8 @@ async fn create(args: CreateArgs, client: &Client, ui: Ui) -> Result<(), Failure
         pids: args.pids,
         network: args.network,
         mounts: args.mount,
+        ignore: args.ignore,
+        agent: args.agent,
     };
     let info: SandboxInfo = client.events(&path(&["sandboxes"]), Some(&request)).await?;
     warn_about(&info, ui);
@@ -103,6 +105,13 @@ fn describe(s: &SandboxInfo) -> String {
     ];
     if let Some(why) = &s.capture_error {
         rows.push(("capture failed", human::clean(why)));
+    }
+    if let Some(agent) = &s.agent {
+        rows.push(("agent", human::clean(agent)));
+    }
+    if !s.ignore.is_empty() {
+        let all: Vec<String> = s.ignore.iter().map(|w| human::clean(w)).collect();
+        rows.push(("ignored", all.join("\n")));
     }
     if !s.not_covered.is_empty() {
         let all: Vec<String> = s.not_covered.iter().map(|w| human::clean(w)).collect();

@@ -1,4 +1,4 @@
-//! `tidepool status`.
+//! `tidepool status` and `tidepool host show`.
 
 use tidepool_proto::api::HostStatus;
 
@@ -24,6 +24,8 @@ fn describe(s: &HostStatus) -> String {
     };
     let store = &s.store;
     let warnings: Vec<String> = s.warnings.iter().map(|w| human::clean(w)).collect();
+    let mut probes = vec![human::clean(&s.probe_set)];
+    probes.extend(s.probe_fallbacks.iter().map(|w| human::clean(w)));
     fields(&[
         ("host", human::clean(&s.host)),
         (
@@ -36,7 +38,7 @@ fn describe(s: &HostStatus) -> String {
         ),
         ("state", human::clean(&s.state_dir)),
         ("kernel", human::clean(&s.kernel)),
-        ("probes", human::clean(&s.probe_set)),
+        ("probes", probes.join("\n")),
         ("runc", tool(&s.runc)),
         ("criu", tool(&s.criu)),
         (

@@ -7,6 +7,7 @@
 pub mod cut;
 pub mod diff;
 pub mod engine;
+pub mod ignore;
 pub mod pages;
 pub mod turn;
 pub mod verdict;

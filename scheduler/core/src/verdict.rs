@@ -7,6 +7,7 @@
 //! - processes lived at the last checkpoint and none lives now: the manifest drops its process image, which is a `Processes` change with nothing to dump;
 //! - a surviving process that ran or was born since the last dump, or that has a dirty file open or mapped, asks for processes;
 //! - memory file systems (`/dev/shm`) live in the process image: a change there while processes live asks for processes;
+//! - what a surviving process holds in the kernel can be changed by others without its running: that asks for processes too;
 //! - unknown, lost and overflown always ask for more, and the first checkpoint asks for everything there is.
 //!
 //! Invariant: making an observation worse (more dirty, less known) never makes the verdict smaller. A test goes through all of them.
@@ -22,6 +23,8 @@ pub struct Observation {
     pub open_dirty: Seen,
     /// Whether a memory file system of the sandbox (`/dev/shm`) changed.
     pub tmpfs: Seen,
+    /// Whether what surviving processes hold in the kernel (pipes, sockets, terminals, limits, ...) changed without their running.
+    pub held: Seen,
     /// The last committed checkpoint.
     pub previous: Previous,
     /// Why everything is captured whatever was seen (a checkpoint asked for by hand, a failed capture before).
@@ -196,6 +199,17 @@ fn processes(
         Seen::Unknown => because(
             true,
             "whether a memory file system changed is unknown".to_owned(),
+        ),
+    }
+    match seen.held {
+        Seen::No => {}
+        Seen::Yes => because(
+            true,
+            "what a surviving process holds in the kernel changed".to_owned(),
+        ),
+        Seen::Unknown => because(
+            true,
+            "whether what surviving processes hold in the kernel changed is unknown".to_owned(),
         ),
     }
     if files {

@@ -21,6 +21,7 @@ fn quiet(alive: u64) -> Observation {
         },
         open_dirty: Seen::No,
         tmpfs: Seen::No,
+        held: Seen::No,
         previous: match alive {
             0 => Previous::FilesOnly,
             n => Previous::WithProcesses(n as u32),
@@ -150,6 +151,22 @@ fn the_rules_row_by_row() {
             "shared memory unknown",
             1,
             |o| o.tmpfs = Seen::Unknown,
+            Processes,
+            Dump,
+            false,
+        ),
+        (
+            "somebody wrote into a pipe that an idle process holds",
+            1,
+            |o| o.held = Seen::Yes,
+            Processes,
+            Dump,
+            false,
+        ),
+        (
+            "what processes hold is unknown",
+            1,
+            |o| o.held = Seen::Unknown,
             Processes,
             Dump,
             false,
@@ -330,9 +347,12 @@ fn observations() -> Vec<Observation> {
                             .flat_map(|a| seens.iter().map(move |b| (*a, *b)))
                         {
                             for previous in previous {
-                                for (lost, forced) in
-                                    [(false, None), (true, None), (false, Some("x".to_owned()))]
-                                {
+                                for (lost, held, forced) in [
+                                    (false, Seen::No, None),
+                                    (true, Seen::No, None),
+                                    (false, Seen::Yes, None),
+                                    (false, Seen::No, Some("x".to_owned())),
+                                ] {
                                     out.push(Observation {
                                         files: files.clone(),
                                         processes: ProcessesSeen {
@@ -344,6 +364,7 @@ fn observations() -> Vec<Observation> {
                                         },
                                         open_dirty,
                                         tmpfs,
+                                        held,
                                         previous,
                                         forced,
                                     });
@@ -385,6 +406,7 @@ fn knowing_less_never_captures_less() {
         ("lost", |o| o.processes.lost = true),
         ("open", |o| o.open_dirty = Seen::Unknown),
         ("tmpfs", |o| o.tmpfs = Seen::Unknown),
+        ("held", |o| o.held = Seen::Unknown),
         ("forced", |o| o.forced = Some("x".into())),
         ("previous", |o| o.previous = Previous::None),
     ];

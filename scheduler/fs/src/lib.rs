@@ -19,6 +19,7 @@ pub mod restore;
 mod shards;
 mod stack;
 mod sys;
+mod weigh;
 
 pub use capture::{CaptureError, CaptureOptions, Captured, DirtyInode, TreeKind};
 pub use chunks::{
@@ -26,3 +27,4 @@ pub use chunks::{
     walk_chunks,
 };
 pub use index::TreeIndex;
+pub use weigh::{Light, weigh};

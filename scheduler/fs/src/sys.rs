@@ -133,6 +133,17 @@ pub(crate) fn open_beneath(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd,
     Ok(at)
 }
 
+/// The modification and change time of the entry at `path`, relative to `root`; none where it cannot be told.
+pub(crate) fn times_beneath(root: BorrowedFd<'_>, path: &[u8]) -> Option<((i64, u32), (i64, u32))> {
+    let (dir, name) = match path.iter().rposition(|b| *b == b'/') {
+        Some(slash) => (&path[..slash], &path[slash + 1..]),
+        None => (&b""[..], path),
+    };
+    let dir = open_beneath(root, dir).ok()?;
+    let stat = stat_at(dir.as_fd(), name).ok()?;
+    Some((stat.mtime, stat.ctime))
+}
+
 /// The names in a directory, sorted, without `.` and `..`. Reads from the beginning.
 pub(crate) fn names(
     dir: BorrowedFd<'_>,

@@ -1,6 +1,6 @@
-//! What a boundary sees besides the inspector's effects: memory-backed file systems and IPC objects of a sandbox.
+//! Memory-backed file systems and IPC objects of a sandbox, read from outside.
 //!
-//! The inspector's probes do not see tmpfs; its contents are few, so they are walked and hashed (a store through a shared mapping leaves no other
+//! No probe set sees tmpfs; its contents are few, so they are walked and hashed (a store through a shared mapping leaves no other
 //! trace). System V objects and POSIX message queues have contents that cannot be read from outside: their mere existence counts.
 //! Both live in the process image, never in the file tree.
 //!
@@ -33,11 +33,13 @@ pub struct MemoryFiles {
 
 impl MemoryFiles {
     /// Whether these are surely the same contents.
+    #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
         self.unsure.is_none() && other.unsure.is_none() && self.digest == other.digest
     }
 
     /// Reads those of the sandbox whose init has this host process id.
+    #[must_use]
     pub fn read(init_pid: u32) -> Self {
         let mut walk = Walk {
             hasher: blake3::Hasher::new(),
@@ -194,7 +196,7 @@ fn memory_mounts(init_pid: u32) -> io::Result<Vec<(PathBuf, bool)>> {
 }
 
 /// Undoes mountinfo's octal escapes.
-fn unescape(field: &[u8]) -> Vec<u8> {
+pub(crate) fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut at = 0;
     while at < field.len() {
@@ -219,7 +221,10 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Whether System V objects or POSIX message queues exist in the sandbox.
+/// Whether System V objects exist in the sandbox.
+///
+/// # Errors
+/// If its namespace cannot be looked into.
 pub fn ipc_in_use(init_pid: u32) -> io::Result<bool> {
     let ns = fs::File::open(format!("/proc/{init_pid}/ns/ipc"))?;
     // A thread of its own: a thread of the pool must not stay in the sandbox's namespace.

@@ -1,0 +1,339 @@
+//! What processes of a sandbox can notice that is neither in its files nor in their memory, read from outside: mounts, network configuration, connections to
+//! outside, and the kernel objects that processes hold.
+//!
+//! A process that does not run can be changed all the same: another writes into a pipe it has open, changes its terminal or its limits, sends
+//! it a signal that it blocks, connects to a socket on which it listens. None of that moves a counter of the scheduler. So at each boundary these are
+//! read and compared with the reading before. Reading changes none of them: descriptors are duplicated, contents are peeked at.
+//!
+//! Invariant: what cannot be read is said in [`Surroundings::unsure`] and counts as changed.
+//!
+//! Elsewhere: memory-backed files and System V objects ([`crate::memory`]), objects one by one ([`crate::objects`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::unescape;
+use crate::objects;
+
+/// Longest entry kept, in bytes.
+const MAX_TEXT: usize = 512;
+/// Entries of one kind.
+const MAX_ENTRIES: usize = 4096;
+
+/// One reading.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Surroundings {
+    /// Mount points with what is mounted there, of the first process and of every process in a mount namespace of its own.
+    pub mounts: BTreeSet<String>,
+    /// Interfaces, addresses and routes. Not in a checkpoint: a restore makes the network anew.
+    pub network: BTreeSet<String>,
+    /// Namespaces that are not those of the first process, by process.
+    pub namespaces: BTreeSet<String>,
+    /// What each process holds in the kernel: `pid thing` and its state.
+    pub objects: BTreeMap<String, String>,
+    /// Established connections to outside. Not in a checkpoint: a restore closes them.
+    pub outside: BTreeSet<String>,
+    /// Why something could not be read.
+    pub unsure: Option<String>,
+}
+
+impl Surroundings {
+    /// Reads those of the sandbox whose first process is `init`, with the objects of `pids` (host process ids). Processes that end meanwhile are left out.
+    #[must_use]
+    pub fn read(init: u32, pids: &BTreeSet<u32>) -> Self {
+        let mut found = Self::default();
+        if let Err(e) = found.all(init, pids) {
+            found.unsure = Some(format!("its surroundings cannot be read: {e}"));
+        }
+        found
+    }
+
+    /// What differs between two readings of one sandbox, one sentence each; not the connections to outside, which no checkpoint holds. Empty means surely the same.
+    #[must_use]
+    pub fn changes_since(&self, earlier: &Self) -> Vec<String> {
+        let mut changes: Vec<String> = self
+            .unsure
+            .iter()
+            .chain(&earlier.unsure)
+            .take(1)
+            .cloned()
+            .collect();
+        for (what, now, then) in [
+            ("mount", &self.mounts, &earlier.mounts),
+            ("network", &self.network, &earlier.network),
+            ("namespace", &self.namespaces, &earlier.namespaces),
+        ] {
+            changes.extend(now.difference(then).map(|e| format!("{what} {e} came")));
+            changes.extend(then.difference(now).map(|e| format!("{what} {e} is gone")));
+        }
+        for (key, state) in &self.objects {
+            match earlier.objects.get(key) {
+                Some(then) if then == state => {}
+                Some(then) => changes.push(format!("{key}: {state} (was {then})")),
+                None => changes.push(format!("{key}: {state} (was not there)")),
+            }
+        }
+        let gone = earlier.objects.keys();
+        let gone = gone.filter(|key| !self.objects.contains_key(*key));
+        changes.extend(gone.map(|key| format!("{key} is gone")));
+        changes
+    }
+
+    fn all(&mut self, init: u32, pids: &BTreeSet<u32>) -> io::Result<()> {
+        let own = namespaces(init)?;
+        self.mounts = mounts(init)?;
+        self.network = network(init)?;
+        self.outside = connections(init)?;
+        for pid in pids.iter().filter(|pid| **pid != init) {
+            match self.process(*pid, &own) {
+                Ok(()) => {}
+                Err(e) if gone(&e) => {}
+                Err(e) => return Err(e),
+            }
+            if self.objects.len() > MAX_ENTRIES {
+                return Err(io::Error::other("its processes hold too many objects"));
+            }
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, pid: u32, own: &BTreeMap<String, String>) -> io::Result<()> {
+        for (kind, name) in namespaces(pid)? {
+            if own.get(&kind) == Some(&name) {
+                continue;
+            }
+            if kind == "mnt" {
+                let mounts = mounts(pid)?.into_iter().map(|m| format!("{m} in {name}"));
+                self.mounts.extend(mounts);
+            }
+            self.namespaces
+                .insert(format!("{kind} {name} of process {pid}"));
+        }
+        objects::of_process(pid, &mut self.objects)
+    }
+}
+
+/// Whether an error says that a process has ended.
+pub(crate) fn gone(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// Cuts a text that a sandbox may have made long.
+pub(crate) fn bounded(mut text: String) -> String {
+    if text.len() > MAX_TEXT {
+        // What is cut off still tells one from another.
+        let hash = blake3::hash(text.as_bytes()).to_hex();
+        let mut end = MAX_TEXT - 20;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        text.push_str(&hash[..16]);
+    }
+    text
+}
+
+/// A process's namespaces by kind; those its children will be in are left out.
+fn namespaces(pid: u32) -> io::Result<BTreeMap<String, String>> {
+    let mut found = BTreeMap::new();
+    for kind in ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"] {
+        match fs::read_link(format!("/proc/{pid}/ns/{kind}")) {
+            Ok(link) => {
+                found.insert(kind.to_owned(), link.to_string_lossy().into_owned());
+            }
+            // A kind this kernel does not have; or the process has ended, which the first one tells.
+            Err(e) if gone(&e) && !found.is_empty() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(found)
+}
+
+/// The mount table without the numbers that differ from one reading to the next.
+fn mounts(pid: u32) -> io::Result<BTreeSet<String>> {
+    let text = fs::read(format!("/proc/{pid}/mountinfo"))?;
+    let lines = text.split(|b| *b == b'\n').filter(|l| !l.is_empty());
+    let found: BTreeSet<String> = lines.filter_map(mount).map(bounded).collect();
+    match found.len() {
+        0 => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        n if n > MAX_ENTRIES => Err(io::Error::other("it has too many mounts")),
+        _ => Ok(found),
+    }
+}
+
+fn mount(line: &[u8]) -> Option<String> {
+    let text = |field: &[u8]| String::from_utf8_lossy(&unescape(field)).into_owned();
+    let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+    let dash = fields.iter().position(|f| *f == b"-")?;
+    let (root, point, options) = (fields.get(3)?, fields.get(4)?, fields.get(5)?);
+    let (kind, source) = (fields.get(dash + 1)?, fields.get(dash + 2)?);
+    Some(format!(
+        "{} ({} of {} {}, {})",
+        text(point),
+        text(root),
+        text(kind),
+        text(source),
+        text(options)
+    ))
+}
+
+/// Interfaces, addresses and routes of a process's network namespace. Link-local ones come and go by themselves and are left out.
+fn network(pid: u32) -> io::Result<BTreeSet<String>> {
+    let read = |name: &str| match fs::read_to_string(format!("/proc/{pid}/net/{name}")) {
+        // No such protocol here.
+        Err(e) if gone(&e) && name != "dev" => Ok(String::new()),
+        other => other,
+    };
+    let mut found = BTreeSet::new();
+    for line in read("dev")?.lines().skip(2) {
+        if let Some((name, _)) = line.split_once(':') {
+            found.insert(format!("interface {}", name.trim()));
+        }
+    }
+    let fields = |line: &str, which: &[usize]| {
+        let all: Vec<&str> = line.split_whitespace().collect();
+        let some: Option<Vec<&str>> = which.iter().map(|i| all.get(*i).copied()).collect();
+        some.map(|some| some.join(" "))
+    };
+    for line in read("route")?.lines().skip(1) {
+        // Device, destination, gateway, flags, metric, mask.
+        found.extend(fields(line, &[0, 1, 2, 3, 6, 7]).map(|r| format!("route {r}")));
+    }
+    for line in read("ipv6_route")?.lines() {
+        let local = ["fe8", "ff"].iter().any(|p| line.starts_with(p));
+        if !local && !line.trim_end().ends_with(" lo") {
+            found.extend(fields(line, &[0, 1, 4, 9]).map(|r| format!("route {r}")));
+        }
+    }
+    for line in read("if_inet6")?.lines().filter(|l| !l.starts_with("fe8")) {
+        found.extend(fields(line, &[0, 2, 5]).map(|a| format!("address {a}")));
+    }
+    let trie = read("fib_trie")?;
+    let mut address = "";
+    for line in trie.lines().map(str::trim) {
+        if let Some(leaf) = line.strip_prefix("|-- ") {
+            address = leaf;
+        } else if line.ends_with("host LOCAL") {
+            found.insert(format!("address {address}"));
+        }
+    }
+    match found.len() {
+        n if n > MAX_ENTRIES => Err(io::Error::other("its network has too many parts")),
+        _ => Ok(found.into_iter().map(bounded).collect()),
+    }
+}
+
+/// Established TCP connections of a process's network namespace whose other end is not in it.
+fn connections(pid: u32) -> io::Result<BTreeSet<String>> {
+    let mut pairs = Vec::new();
+    let mut own = BTreeSet::new();
+    for name in ["tcp", "tcp6"] {
+        let text = match fs::read_to_string(format!("/proc/{pid}/net/{name}")) {
+            Err(e) if gone(&e) => continue,
+            other => other?,
+        };
+        for line in text.lines().skip(1) {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (Some(here), Some(there), Some(&"01")) = (
+                fields.get(1).and_then(|f| end(f)),
+                fields.get(2).and_then(|f| end(f)),
+                fields.get(3),
+            ) else {
+                continue;
+            };
+            own.insert(here);
+            pairs.push((here, there));
+        }
+    }
+    // One with both ends in the namespace has two sockets there.
+    let outside = pairs.iter().filter(|(_, there)| !own.contains(there));
+    let outside = outside.filter(|(_, (address, _))| !address.is_loopback());
+    Ok(outside
+        .take(MAX_ENTRIES)
+        .map(|((a, p), (b, q))| format!("{a}:{p} to {b}:{q}"))
+        .collect())
+}
+
+/// An address and port as `/proc/net/tcp` writes them: words of 32 bits in the machine's order.
+fn end(text: &str) -> Option<(IpAddr, u16)> {
+    let (address, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |i: usize| {
+        let word = u32::from_str_radix(address.get(i..i + 8)?, 16).ok()?;
+        Some(word.to_ne_bytes())
+    };
+    let address = match address.len() {
+        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
+        32 => {
+            let mut all = [0; 16];
+            for (i, part) in all.chunks_mut(4).enumerate() {
+                part.copy_from_slice(&word(8 * i)?);
+            }
+            let v6 = Ipv6Addr::from(all);
+            v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)
+        }
+        _ => return None,
+    };
+    Some((address, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_lose_their_numbers_only() {
+        let line = br"36 35 98:0 /mnt1 /a\040b rw,noatime master:1 - ext3 /dev/root rw";
+        let other = br"99 12 98:0 /mnt1 /a\040b rw,noatime - ext3 /dev/root rw";
+        assert_eq!(mount(line), mount(other));
+        assert_eq!(
+            mount(line).as_deref(),
+            Some("/a b (/mnt1 of ext3 /dev/root, rw,noatime)")
+        );
+        assert_eq!(mount(b"36 35 98:0"), None);
+    }
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn ends_of_connections_are_read() {
+        let v4 = (IpAddr::V4(Ipv4Addr::new(127, 0, 0, 1)), 0x1F90);
+        assert_eq!(end("0100007F:1F90"), Some(v4));
+        assert_eq!(end("0000000000000000FFFF00000100007F:1F90"), Some(v4));
+        assert_eq!(end("0100007F"), None);
+        assert_eq!(end("01:1"), None);
+    }
+
+    #[test]
+    fn this_process_has_surroundings_that_stay() {
+        let pid = std::process::id();
+        let look = || Surroundings::read(pid, &BTreeSet::from([pid]));
+        let found = look();
+        assert_eq!(found.unsure, None);
+        assert!(
+            found.mounts.iter().any(|m| m.starts_with("/ (")),
+            "{found:?}"
+        );
+        assert!(found.network.contains("interface lo"), "{found:?}");
+        let other = Surroundings {
+            network: BTreeSet::new(),
+            ..found.clone()
+        };
+        assert!(!found.changes_since(&other).is_empty());
+        let doubtful = Surroundings {
+            unsure: Some("why".into()),
+            ..found.clone()
+        };
+        assert_eq!(doubtful.changes_since(&doubtful.clone()), ["why"]);
+    }
+
+    #[test]
+    fn long_texts_stay_different() {
+        let (a, b) = ("x".repeat(600), format!("{}y", "x".repeat(599)));
+        assert_ne!(bounded(a.clone()), bounded(b));
+        assert!(bounded(a).len() <= MAX_TEXT);
+    }
+}

@@ -121,6 +121,11 @@ impl Walk {
             ] {
                 self.hasher.update(&v.to_le_bytes());
             }
+            // A directory's changes with what is in it, also where that is gone again.
+            if FileType::from_raw_mode(st.st_mode) != FileType::Directory {
+                self.hasher.update(&st.st_mtime.to_le_bytes());
+                self.hasher.update(&(st.st_mtime_nsec as u64).to_le_bytes());
+            }
             // What is mounted inside is another file system's.
             if st.st_dev != dev {
                 continue;
@@ -139,6 +144,7 @@ impl Walk {
                     let flags =
                         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                     let inner = openat(&dir, &name, flags, Mode::empty())?;
+                    self.attributes(&inner)?;
                     self.directory(inner, dev, depth + 1)?;
                 }
                 FileType::Symlink => {
@@ -153,7 +159,29 @@ impl Walk {
         Ok(())
     }
 
+    /// Extended attributes, where the file system keeps any.
+    fn attributes(&mut self, fd: &OwnedFd) -> io::Result<()> {
+        use rustix::fs::{fgetxattr, flistxattr};
+        let mut names = vec![0u8; 64 << 10];
+        let len = match flistxattr(fd, &mut names[..]) {
+            Ok(len) => len,
+            Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOSYS) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        let mut names: Vec<&[u8]> = names[..len].split(|b| *b == 0).collect();
+        names.sort_unstable();
+        let mut value = vec![0u8; 64 << 10];
+        for name in names.into_iter().filter(|n| !n.is_empty()) {
+            let len = fgetxattr(fd, name, &mut value[..])?;
+            self.hasher.update(name);
+            self.hasher.update(&(len as u64).to_le_bytes());
+            self.hasher.update(&value[..len]);
+        }
+        Ok(())
+    }
+
     fn file(&mut self, file: OwnedFd, len: u64) -> io::Result<()> {
+        self.attributes(&file)?;
         self.bytes += len;
         if self.bytes > MAX_BYTES {
             return Err(io::Error::other(format!(

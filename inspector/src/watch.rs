@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::effects::SandboxSlot;
 use crate::error::InspectorError;
-use crate::inspector::{State, lock};
+use crate::inspector::lock;
+use crate::state::State;
 use crate::raw::Task;
 use crate::thaw::{Thaw, ThawBecause, ThawRan, judge};
 

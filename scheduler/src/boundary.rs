@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use tidepool_fs::TreeIndex;
 use tidepool_inspector::FileEffects;
+use tidepool_inspector::look::{Baseline, Look};
 use tidepool_proto::api::TurnInfo;
 use tidepool_proto::manifest::{Manifest, ProcessImage};
 use tidepool_proto::turn::{ExecResult, ExitStatus, TurnRecord, TurnStats, Verdict};
@@ -25,7 +26,7 @@ use crate::capture::{Files, MAX_CHANGES, Settled};
 use crate::error::{HostError, Result};
 use crate::history::turn_info;
 use crate::host::{Host, now_ms};
-use crate::look::{Look, evidence, observation};
+use crate::look::{evidence, observation};
 use crate::sandbox::{Inner, Live, Sandbox, not_covered};
 use crate::transfer::Upload;
 
@@ -67,9 +68,7 @@ impl Sandbox {
             tracing::warn!(sandbox = %self.record.name, error = %e, "a turn could not be committed");
             live.index = None;
             live.committed = None;
-            live.tasks = None;
-            live.memory = None;
-            live.around = None;
+            live.seen = Baseline::default();
             inner.stale = true;
         }
         self.set_capture_error(done.as_ref().err().map(|e| e.message.clone()));
@@ -280,12 +279,15 @@ impl<'a> Boundary<'a> {
             }
             None => index,
         };
-        live.tasks = match settled {
-            Some(settled) => settled.await?,
-            None => Some(look.tasks),
+        live.seen = Baseline {
+            tasks: match settled {
+                Some(settled) => settled.await?,
+                None => Some(look.tasks),
+            },
+            memory: Some(look.memory),
+            ipc: look.ipc,
+            around: Some(look.around),
         };
-        live.memory = Some(look.memory);
-        live.around = Some(look.around);
         inner.turn = turn;
         if let (Some(id), Some(manifest)) = (id, manifest) {
             inner.last = Some((id, manifest));
@@ -313,7 +315,7 @@ impl<'a> Boundary<'a> {
             let taken = self.files(live, index.clone(), &look.files, upload).await?;
             let quiet = self.quiet_since(live, &look).await?;
             match taken {
-                Some(taken) if quiet => match self.held(live, &taken, look.seen.alive).await {
+                Some(taken) if quiet => match self.held(live, &taken, look.processes.alive).await {
                     Seen::No => captured = Some(taken),
                     // A process that held any of it and wrote to it has run.
                     _ if taken.light.is_some() => captured = Some(taken),
@@ -326,7 +328,7 @@ impl<'a> Boundary<'a> {
                 _ => {
                     self.reasons
                         .push("something ran while the files were read".into());
-                    part = if look.seen.alive == Some(0) {
+                    part = if look.processes.alive == 0 {
                         part
                     } else {
                         ProcessPart::Dump

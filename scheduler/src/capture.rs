@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tidepool_fs::{
     CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, Light, TreeIndex,
 };
+use tidepool_inspector::look::Look;
 use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch, rearm};
 use tidepool_proto::ChunkName;
 use tidepool_proto::api::{ChangeKind, PathChange, SandboxState};
@@ -22,7 +23,7 @@ use tidepool_scheduler_core::verdict::Seen;
 
 use crate::boundary::Boundary;
 use crate::error::{Context, HostError, Result, chain};
-use crate::look::{Look, merge};
+use crate::look::merge;
 use crate::sandbox::Live;
 use crate::state_dir::DumpDir;
 use crate::transfer::Upload;
@@ -139,8 +140,8 @@ impl Boundary<'_> {
     }
 
     /// Whether a living process holds a file that changed.
-    pub(crate) async fn held(&self, live: &Live, files: &Files, alive: Option<u64>) -> Seen {
-        if alive == Some(0) {
+    pub(crate) async fn held(&self, live: &Live, files: &Files, alive: u64) -> Seen {
+        if alive == 0 {
             return Seen::No;
         }
         let Some(changes) = &files.changes else {
@@ -229,7 +230,7 @@ impl Boundary<'_> {
                     .checkpoint(&live.name, dir.path())
                     .await
                     .map_err(HostError::from)?;
-                Some((dir, look.seen.alive.unwrap_or(0)))
+                Some((dir, look.processes.alive))
             }
             false => None,
         };

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tidepool_inspector::look::Baseline;
 use tidepool_inspector::memory::MemoryFiles;
 use tidepool_inspector::{SandboxSlot, Target};
 use tidepool_proto::api::*;
@@ -231,9 +232,7 @@ impl Host {
             slot,
             index: None,
             committed: None,
-            tasks: None,
-            memory: None,
-            around: None,
+            seen: Baseline::default(),
         })
     }
 

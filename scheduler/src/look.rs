@@ -1,12 +1,8 @@
-//! What a boundary sees: effects, processes, memory-backed files, IPC; and what that means to the rules and to the user.
-//!
-//! Invariant: tasks are read before files, so that what a task does between the two readings is either in the files or shows as having run.
-
-use std::collections::BTreeSet;
+//! What a boundary's look at the sandbox (`tidepool_inspector::look`) means to the rules and to the user.
 
 use tidepool_fs::Light;
-use tidepool_inspector::memory::{MemoryFiles, ipc_in_use};
-use tidepool_inspector::{FileEffects, Mark, ProbeSet, RanBecause, Surroundings, TaskTable};
+use tidepool_inspector::FileEffects;
+use tidepool_inspector::look::{Changed, Look, look};
 use tidepool_proto::CheckpointId;
 use tidepool_proto::api::PathChange;
 use tidepool_proto::manifest::Manifest;
@@ -14,8 +10,7 @@ use tidepool_proto::turn::{Evidence, Verdict};
 use tidepool_scheduler_core::verdict::{FilesSeen, Observation, Previous, ProcessesSeen, Seen};
 
 use crate::boundary::Boundary;
-use crate::error::{Context, HostError, Result, chain};
-
+use crate::error::{HostError, Result, chain};
 use crate::sandbox::{Live, shorten};
 
 /// Paths and processes named in a turn's evidence.
@@ -23,53 +18,13 @@ const SAMPLES: usize = 6;
 /// Longest path or reason in evidence, in bytes.
 const SAMPLE_LEN: usize = 80;
 
-/// What a boundary saw.
-pub(crate) struct Look {
-    pub(crate) files: FileEffects,
-    pub(crate) tasks: TaskTable,
-    pub(crate) mark: Mark,
-    pub(crate) memory: MemoryFiles,
-    pub(crate) ipc: bool,
-    /// What else processes can notice.
-    pub(crate) around: Surroundings,
-    /// How that differs from the last boundary's; none where that is not known.
-    pub(crate) differs: Option<Vec<String>>,
-    /// Processes besides init, as `pid comm: what happened`.
-    pub(crate) happened: Vec<String>,
-    pub(crate) seen: ProcessesSeen,
-}
-
 impl Boundary<'_> {
     /// Reads what happened since the last boundary.
     pub(crate) async fn look(&self, live: &Live) -> Result<Look> {
         let (inspector, slot, init_pid) = (self.host.inspector.clone(), live.slot, live.init_pid);
-        let (baseline, around_before) = (live.tasks.clone(), live.around.clone());
+        let before = live.seen.clone();
         tokio::task::spawn_blocking(move || {
-            // Tasks before files: what a task does between the two readings is then in the files, or shows as having run.
-            let tasks = inspector
-                .tasks(slot)
-                .map_err(|e| HostError::failed(chain(&e)))?;
-            let effects = inspector
-                .take(slot)
-                .map_err(|e| HostError::failed(chain(&e)))?;
-            // Where there are no events at all the tables have to do, and they can: see `processes_seen`.
-            let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;
-            let memory = MemoryFiles::read(init_pid);
-            let ipc = ipc_in_use(init_pid).context("looking at the sandbox's IPC objects")?;
-            let (seen, happened) = processes_seen(&tasks, baseline.as_ref(), init_pid, lost);
-            let around = Surroundings::read(init_pid, &living(&tasks, init_pid));
-            let differs = around_before.map(|before| around.changes_since(&before));
-            Ok(Look {
-                around,
-                differs,
-                files: effects.files,
-                tasks,
-                mark: effects.mark,
-                memory,
-                ipc,
-                happened,
-                seen,
-            })
+            look(&inspector, slot, init_pid, &before).map_err(|e| HostError::failed(chain(&e)))
         })
         .await?
     }
@@ -105,60 +60,6 @@ pub(crate) fn merge(a: &FileEffects, b: FileEffects) -> FileEffects {
     }
 }
 
-/// Processes besides init.
-fn living(tasks: &TaskTable, init: u32) -> BTreeSet<u32> {
-    let others = tasks.tasks.iter().filter(|t| t.tgid != init && !t.exited);
-    others.map(|t| t.tgid).collect()
-}
-
-/// What the task tables say of the processes besides init.
-fn processes_seen(
-    now: &TaskTable,
-    baseline: Option<&TaskTable>,
-    init: u32,
-    lost: bool,
-) -> (ProcessesSeen, Vec<String>) {
-    let alive = living(now, init);
-    let mut happened = Vec::new();
-    let Some(baseline) = baseline else {
-        let unknown = alive.is_empty().then_some(0);
-        let seen = ProcessesSeen {
-            alive: Some(alive.len() as u64),
-            ran: unknown,
-            born: unknown,
-            exited: unknown,
-            lost: false,
-        };
-        return (seen, happened);
-    };
-    let (mut ran, mut born, mut exited) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    for r in now
-        .ran_since(baseline)
-        .iter()
-        .filter(|r| r.task.tgid != init)
-    {
-        let t = &r.task;
-        let (set, what) = match r.because {
-            _ if t.exited => (&mut exited, "ended"),
-            RanBecause::New => (&mut born, "was born"),
-            RanBecause::Gone => (&mut exited, "ended"),
-            RanBecause::Moved | RanBecause::Running => (&mut ran, "ran"),
-        };
-        if set.insert(t.tgid) {
-            happened.push(format!("{} {}: {what}", t.ns_tgid, t.comm));
-        }
-    }
-    let seen = ProcessesSeen {
-        alive: Some(alive.len() as u64),
-        ran: Some(ran.len() as u64),
-        born: Some(born.len() as u64),
-        exited: Some(exited.len() as u64),
-        // The tables tell what lives; events only add what came and went in between.
-        lost: lost && !alive.is_empty(),
-    };
-    (seen, happened)
-}
-
 /// What was seen, as the rules take it.
 pub(crate) fn observation(
     look: &Look,
@@ -170,18 +71,23 @@ pub(crate) fn observation(
         FileEffects::Inodes(list) => FilesSeen::Inodes(list.len() as u64),
         FileEffects::Everything { reason } => FilesSeen::Everything(reason.clone()),
     };
-    let same =
-        |other: &Option<MemoryFiles>| other.as_ref().is_some_and(|m| m.same_as(&look.memory));
-    let mut processes = look.seen.clone();
+    let mut processes = ProcessesSeen {
+        alive: Some(look.processes.alive),
+        ran: look.processes.ran,
+        born: look.processes.born,
+        exited: look.processes.exited,
+        lost: look.processes.lost,
+    };
     // Memory-backed files and IPC objects live in the process image: they need one even where only init lives.
-    let holds_memory = look.ipc || !same(&live.local.pristine);
+    let pristine = live.local.pristine.as_ref();
+    let holds_memory = look.ipc || !pristine.is_some_and(|m| m.same_as(&look.memory));
     if holds_memory && processes.alive == Some(0) {
         processes.alive = Some(1);
     }
-    let changed = match (look.ipc || look.memory.unsure.is_some(), same(&live.memory)) {
-        (true, _) => Seen::Unknown,
-        (false, true) => Seen::No,
-        (false, false) => Seen::Yes,
+    let changed = match look.memory_changed {
+        Changed::No => Seen::No,
+        Changed::Yes => Seen::Yes,
+        Changed::Unknown => Seen::Unknown,
     };
     let held = match (&look.differs, look.around.unsure.is_some()) {
         (_, true) | (None, _) => Seen::Unknown,

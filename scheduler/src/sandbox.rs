@@ -8,8 +8,8 @@
 use std::sync::{Arc, Mutex};
 
 use tidepool_fs::TreeIndex;
-use tidepool_inspector::memory::MemoryFiles;
-use tidepool_inspector::{SandboxSlot, Surroundings, TaskTable};
+use tidepool_inspector::SandboxSlot;
+use tidepool_inspector::look::Baseline;
 use tidepool_proto::api::*;
 use tidepool_proto::manifest::Manifest;
 use tidepool_proto::{CheckpointId, Epoch, SandboxId, TurnNo};
@@ -70,12 +70,8 @@ pub struct Live {
     pub(crate) index: Option<Arc<TreeIndex>>,
     /// The upper as of the last checkpoint, where that is known: what has changed since is weighed against it.
     pub(crate) committed: Option<Arc<TreeIndex>>,
-    /// Tasks as of the last boundary; none counts all that live as having run.
-    pub(crate) tasks: Option<TaskTable>,
-    /// Memory-backed files as of the last boundary.
-    pub(crate) memory: Option<MemoryFiles>,
-    /// What else its processes can notice, as of the last boundary.
-    pub(crate) around: Option<Surroundings>,
+    /// What the last boundary saw besides files; what is not known counts as changed.
+    pub(crate) seen: Baseline,
 }
 
 impl Sandbox {

@@ -27,8 +27,12 @@ pub enum Break {
     NoTmpfs,
     /// Dirty directories are dropped.
     NoDirectories,
-    /// The tasks are not compared.
+    /// The tasks are not compared, nor what the kernel keeps for them.
     NoProcesses,
+    /// What the kernel keeps for processes, and mounts, are not compared: only processes that ran count.
+    NoSurroundings,
+    /// IPC objects that were there at the last boundary are forgotten: only those that are there now count.
+    NoMemoryOfObjects,
 }
 
 impl Break {

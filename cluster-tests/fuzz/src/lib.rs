@@ -1,8 +1,8 @@
 //! The effect fuzzer: random programs of system calls in a sandbox, and at every turn boundary the question whether anything was missed.
 //!
 //! - [`script`] chooses what happens, from a seed; [`child`] does it, in processes of an own pid, mount and IPC namespace on an overlay;
-//! - [`run`] takes the boundaries as the daemon does, and compares at some of them;
-//! - [`truth`] is what is compared with: a walk with content hashes, the memory file system, processes with their memory;
+//! - `boundary` takes the turns' ends as the daemon does, [`run`] compares at some of them;
+//! - [`truth`] is what is compared with: a walk with content hashes, the memory file system, IPC objects, mounts, processes with their memory;
 //! - [`breaks`] are errors made on purpose, each of which has to be caught.
 //!
 //! A missed change is one of: a capture of the dirty inodes whose tree is not that of a full capture; a change in the truth at a boundary that
@@ -10,8 +10,10 @@
 //!
 //! Some processes work on through the turns and are stopped at each boundary, as the freezer would stop them.
 //!
-//! What is not here: thaws and dumps (the inspector tests its watches on them), and IPC objects (their existence alone counts).
+//! What is not here: thaws and dumps (the inspector tests its watches on them), contents of IPC objects (their existence alone counts), and memory that one process writes
+//! in another one that does not run, which nothing sees.
 
+mod boundary;
 pub mod breaks;
 pub mod child;
 mod ops;

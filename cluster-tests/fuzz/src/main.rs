@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use tidepool_effect_fuzz::breaks::Break;
 use tidepool_effect_fuzz::run::{Counts, Look, seed};
 use tidepool_effect_fuzz::{child, sandbox};
-use tidepool_inspector::{Inspector, InspectorOptions};
+use tidepool_inspector::{Inspector, InspectorOptions, ProbeSet};
 
 /// Looks for changes that the inspector misses. Needs root and eBPF.
 #[derive(Debug, Parser)]
@@ -22,8 +22,8 @@ struct Arguments {
     /// Turns of each seed.
     #[arg(long, default_value_t = 200)]
     turns: u64,
-    /// Which probes to use.
-    #[arg(long, value_enum, default_value_t = ProbeSet::Ext4)]
+    /// Which probes to use: ext4, trampoline, syscalls or walk. An error where they cannot be loaded.
+    #[arg(long, default_value = "ext4")]
     probe_set: ProbeSet,
     /// Break the inspector in this way; a miss is then expected.
     #[arg(long = "break", value_enum)]
@@ -40,14 +40,6 @@ struct Arguments {
     /// Go on with the next seed after a miss.
     #[arg(long)]
     keep_going: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ProbeSet {
-    /// eBPF programs on ext4's tracepoints.
-    Ext4,
-    /// No eBPF: a walk of everything at every boundary.
-    Walk,
 }
 
 fn range(text: &str) -> Result<Range<u64>, String> {
@@ -74,20 +66,16 @@ fn main() -> ExitCode {
 
 fn fuzz(arguments: &Arguments) -> Result<u64> {
     let leave_out = arguments.broken.map_or(&[][..], Break::leave_out);
-    let inspector = match arguments.probe_set {
-        ProbeSet::Walk => None,
-        ProbeSet::Ext4 => Some(
-            Inspector::load(&InspectorOptions {
-                leave_out,
-                max_dirty_inodes: arguments.max_dirty_inodes,
-                ..InspectorOptions::default()
-            })
-            .context("loading the inspector")?,
-        ),
-    };
-    let probe_set = inspector.as_ref().map_or("walk", Inspector::probe_set);
+    let inspector = Inspector::load(&InspectorOptions {
+        probe_set: Some(arguments.probe_set),
+        leave_out,
+        max_dirty_inodes: arguments.max_dirty_inodes,
+        ..InspectorOptions::default()
+    })
+    .context("loading the inspector")?;
+    let probe_set = inspector.probe_set();
     let look = Look {
-        inspector: inspector.as_ref(),
+        inspector: &inspector,
         broken: arguments.broken,
         show: arguments.show_false_positives,
     };
@@ -118,6 +106,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
             "operations": counts.operations,
             "operations_done": counts.done,
             "clean_turns": counts.clean,
+            "turns_with_unknown_objects": counts.unknown,
             "false_positives": counts.false_positives,
             "false_positives_files": counts.false_files,
             "clean_but_captured": counts.looked_twice,

@@ -1,25 +1,17 @@
-//! One seed: turns, the daemon's look and capture at each boundary, and the comparison with the truth.
-//!
-//! A boundary does what the daemon does: tasks, then [`Inspector::take`]; where files were dirtied, [`rearm::mapped`] for what is mapped shared and writable, then a capture
-//! of the dirty inodes upon the index of the last one (of everything where nothing can be ruled out); the memory file system by its contents. Without
-//! eBPF the tasks come from `/proc`, and every capture is a full one.
-
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+//! One seed: turns, a boundary at the end of each, and the comparison of what was reported with the truth.
 
 use anyhow::{Context, Result, bail, ensure};
+use tidepool_fs::NullSink;
 use tidepool_fs::capture::{self, CaptureOptions};
-use tidepool_fs::{Captured, DirtyInode, NullSink, TreeIndex};
-use tidepool_inspector::{
-    FileEffects, Inspector, SandboxSlot, Target, TaskTable, pid_ns_inode, rearm,
-    shared_writable_mappings, tasks_from_proc,
-};
+use tidepool_inspector::look::Baseline;
+use tidepool_inspector::{Inspector, Target, pid_ns_inode};
 use tidepool_proto::DomainKey;
 
+use crate::boundary::{Reported, Watched};
 use crate::breaks::{Break, Broken};
 use crate::sandbox::Sandbox;
 use crate::script::{Kind, Script, Turn};
-use crate::truth::{ProcessId, Truth, differing, memory_files};
+use crate::truth::{ProcessId, Truth, differing};
 
 /// What was counted, over any number of seeds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -32,6 +24,8 @@ pub struct Counts {
     pub done: u64,
     /// Turns that changed nothing in truth.
     pub clean: u64,
+    /// Turns that may have changed nothing: there were IPC objects, whose contents the truth does not know either.
+    pub unknown: u64,
     /// Of those, so many were reported as a change.
     pub false_positives: u64,
     /// Of these, so many for their files.
@@ -54,33 +48,16 @@ pub struct Miss {
 
 /// How the boundaries look.
 pub struct Look<'a> {
-    /// The eBPF programs, or none for a walk at every boundary.
-    pub inspector: Option<&'a Inspector>,
+    pub inspector: &'a Inspector,
     pub broken: Option<Break>,
     /// Print clean turns that were reported as changes.
     pub show: bool,
 }
 
-/// What was reported since the last comparison.
-#[derive(Default)]
-struct Reported {
-    files: bool,
-    memory_files: bool,
-    /// Host ids.
-    processes: BTreeSet<u32>,
-}
-
 struct Seed<'a> {
-    look: &'a Look<'a>,
-    broken: Broken,
-    sandbox: Sandbox,
-    slot: Option<SandboxSlot>,
-    key: DomainKey,
-    tasks: TaskTable,
-    index: Option<TreeIndex>,
-    memory: BTreeMap<PathBuf, [u8; 32]>,
+    watched: Watched<'a>,
+    show: bool,
     truth: Truth,
-    reported: Reported,
     counts: Counts,
 }
 
@@ -91,28 +68,26 @@ pub fn seed(look: &Look<'_>, number: u64, turns: u64, counts: &mut Counts) -> Re
         pid_ns_inode: pid_ns_inode(sandbox.init())?,
         upper_dir: sandbox.upper(),
     };
-    let slot = match look.inspector {
-        Some(inspector) => Some(inspector.register(&target)?),
-        None => None,
-    };
+    let slot = look.inspector.register(&target)?;
     let mut run = Seed {
-        look,
-        broken: Broken::new(look.broken),
-        sandbox,
-        slot,
-        key: DomainKey::new([7; 32]),
-        tasks: TaskTable::default(),
-        index: None,
-        memory: BTreeMap::new(),
+        watched: Watched {
+            inspector: look.inspector,
+            slot,
+            sandbox,
+            what: look.broken,
+            broken: Broken::new(look.broken),
+            key: DomainKey::new([7; 32]),
+            index: None,
+            baseline: Baseline::default(),
+            reported: Reported::default(),
+        },
+        show: look.show,
         truth: Truth::default(),
-        reported: Reported::default(),
         counts: *counts,
     };
     let outcome = run.turns(number, turns);
     *counts = run.counts;
-    if let (Some(inspector), Some(slot)) = (look.inspector, slot) {
-        inspector.unregister(slot);
-    }
+    look.inspector.unregister(slot);
     outcome
 }
 
@@ -120,18 +95,20 @@ impl Seed<'_> {
     fn turns(&mut self, seed: u64, turns: u64) -> Result<Option<Miss>> {
         let mut script = Script::new(seed);
         // Before the first turn: everything is captured, and known.
-        self.boundary()?;
-        self.truth = Truth::read(&self.sandbox.upper(), self.sandbox.init())?;
-        self.reported = Reported::default();
+        self.watched.boundary()?;
+        self.truth = self.truth()?;
+        self.watched.reported = Reported::default();
         let mut lines = Vec::new();
         // Slots that did something on their own since the last comparison; and how long ago that was.
         let (mut busy, mut since) = (false, 0);
         for number in 0..turns {
             let turn = script.turn(number + 1 == turns);
+            let context = || format!("seed {seed}, turn {number}: {:?}", turn.lines);
             let outcomes = self
+                .watched
                 .sandbox
                 .run(&turn.lines)
-                .with_context(|| format!("seed {seed}, turn {number}: {:?}", turn.lines))?;
+                .with_context(context)?;
             for (line, outcome) in turn.lines.iter().zip(&outcomes) {
                 ensure!(!outcome.contains("HANG"), "seed {seed}: {line}: {outcome}");
                 lines.push(format!("turn {number}: {line} => {outcome}"));
@@ -141,16 +118,14 @@ impl Seed<'_> {
             busy |= of_others(&turn);
             since += 1;
             self.counts.turns += 1;
-            let captured = self
-                .boundary()
-                .with_context(|| format!("seed {seed}, turn {number}: {:?}", turn.lines))?;
+            let done = self.watched.boundary().with_context(context)?;
+            self.counts.full_walks += u64::from(done.walked);
             if !turn.check {
                 continue;
             }
             self.counts.checked += 1;
-            let truth = Truth::read(&self.sandbox.upper(), self.sandbox.init())?;
+            let truth = self.truth()?;
             if let Some(what) = self.missed(&truth)? {
-                let lines = std::mem::take(&mut lines);
                 return Ok(Some(Miss {
                     seed,
                     turn: number,
@@ -159,139 +134,48 @@ impl Seed<'_> {
                 }));
             }
             if since == 1 && !busy && truth == self.truth {
-                self.counts.clean += 1;
-                self.counts.looked_twice += u64::from(captured);
-                let reported = &self.reported;
-                let any = reported.files || reported.memory_files || !reported.processes.is_empty();
-                self.counts.false_positives += u64::from(any);
-                self.counts.false_files += u64::from(reported.files);
-                if any && self.look.show {
-                    println!(
-                        "reported for nothing: seed {seed}, turn {number}: files {}, memory files {}, processes {:?}: {:?} {:?}",
-                        reported.files,
-                        reported.memory_files,
-                        reported.processes,
-                        turn.kind,
-                        turn.lines
-                    );
+                match truth.objects.is_empty() {
+                    true => self.clean(seed, number, &turn, done.captured),
+                    false => self.counts.unknown += 1,
                 }
             }
             self.truth = truth;
-            self.reported = Reported::default();
+            self.watched.reported = Reported::default();
             lines.clear();
             (busy, since) = (false, 0);
         }
         Ok(None)
     }
 
-    /// A turn's end, as the daemon takes it. Answers whether files were captured.
-    fn boundary(&mut self) -> Result<bool> {
-        let tasks = self.settled()?;
-        let mut files = match (self.look.inspector, self.slot) {
-            (Some(inspector), Some(slot)) => inspector.take(slot)?.files,
-            _ => FileEffects::Everything {
-                reason: "nothing watches this sandbox".into(),
-            },
-        };
-        if self.look.broken != Some(Break::NoProcesses) {
-            let ran = tasks.ran_since(&self.tasks);
-            let others = ran.iter().filter(|r| r.task.tgid != self.sandbox.init());
-            self.reported.processes.extend(others.map(|r| r.task.tgid));
-        }
-        self.tasks = tasks;
-
-        let memory = memory_files(self.sandbox.init())?;
-        if memory != self.memory && self.look.broken != Some(Break::NoTmpfs) {
-            self.reported.memory_files = true;
-        }
-        self.memory = memory;
-
-        self.broken.files(&mut files, &self.sandbox.upper());
-        if self.index.is_some() && files.is_none() {
-            return Ok(false);
-        }
-        if self.look.broken != Some(Break::NoRearm) {
-            self.rearm()?;
-        }
-        let before = self.index.take();
-        let captured = self.capture(before.as_ref(), &files)?;
-        let all = matches!(files, FileEffects::Everything { .. });
-        if all || captured.full_walk.is_some() {
-            self.counts.full_walks += 1;
-        }
-        if before.is_none_or(|b| b.tree() != captured.tree) {
-            self.reported.files = true;
-        }
-        self.index = Some(captured.index);
-        Ok(true)
+    fn truth(&self) -> Result<Truth> {
+        let sandbox = &self.watched.sandbox;
+        Truth::read(&sandbox.upper(), sandbox.init())
     }
 
-    fn tasks(&self) -> Result<TaskTable> {
-        Ok(match (self.look.inspector, self.slot) {
-            (Some(inspector), Some(slot)) => inspector.tasks(slot)?,
-            _ => tasks_from_proc(pid_ns_inode(self.sandbox.init())?)?,
-        })
-    }
-
-    /// The tasks once all but the first are at rest: after its answer a process still has to get into its next read.
-    fn settled(&self) -> Result<TaskTable> {
-        let mut before = self.tasks()?;
-        for _ in 0..10_000 {
-            let now = self.tasks()?;
-            let ran = now.ran_since(&before);
-            if ran.iter().all(|r| r.task.tgid == self.sandbox.init()) {
-                return Ok(now);
-            }
-            before = now;
-            std::thread::yield_now();
+    /// Counts a turn that changed nothing.
+    fn clean(&mut self, seed: u64, number: u64, turn: &Turn, captured: bool) {
+        let reported = &self.watched.reported;
+        self.counts.clean += 1;
+        self.counts.looked_twice += u64::from(captured);
+        self.counts.false_positives += u64::from(reported.any());
+        self.counts.false_files += u64::from(reported.files);
+        if reported.any() && self.show {
+            println!(
+                "reported for nothing: seed {seed}, turn {number}: {reported:?}: {:?} {:?}",
+                turn.kind, turn.lines
+            );
         }
-        bail!("the sandbox does not come to rest")
-    }
-
-    fn rearm(&self) -> Result<()> {
-        let (upper, root) = (self.sandbox.upper(), self.sandbox.merged());
-        if self.look.broken == Some(Break::RearmByName) {
-            for pid in living(&self.tasks) {
-                let mapped = shared_writable_mappings(pid)?;
-                let names = mapped
-                    .iter()
-                    .filter_map(|m| m.path.strip_prefix(&root).ok());
-                rearm::paths(&upper, names)?;
-            }
-            return Ok(());
-        }
-        // The first process too: here it is a process as any other, unlike the daemon's own.
-        let failed = rearm::mapped(&upper, &root, living(&self.tasks))?;
-        ensure!(failed.is_empty(), "arming again: {failed:?}");
-        Ok(())
-    }
-
-    fn capture(&self, before: Option<&TreeIndex>, files: &FileEffects) -> Result<Captured> {
-        let (upper, options) = (self.sandbox.upper(), CaptureOptions::default());
-        let sink = &mut NullSink;
-        Ok(match (before, files) {
-            (Some(before), FileEffects::Inodes(dirty)) => {
-                let dirty: Vec<DirtyInode> = dirty
-                    .iter()
-                    .map(|d| DirtyInode {
-                        ino: d.ino,
-                        dev: d.dev,
-                        generation: d.generation,
-                    })
-                    .collect();
-                capture::dirty(&upper, &self.key, options, before, &dirty, sink)?
-            }
-            (before, _) => capture::full(&upper, &self.key, options, before, sink)?,
-        })
     }
 
     /// What of the truth was not reported, if anything.
     fn missed(&self, truth: &Truth) -> Result<Option<String>> {
-        let Some(index) = &self.index else {
+        let (watched, before) = (&self.watched, &self.truth);
+        let reported = &watched.reported;
+        let Some(index) = &watched.index else {
             bail!("nothing was captured");
         };
-        let (upper, options) = (self.sandbox.upper(), CaptureOptions::default());
-        let full = capture::full(&upper, &self.key, options, Some(index), &mut NullSink)?;
+        let (upper, options) = (watched.sandbox.upper(), CaptureOptions::default());
+        let full = capture::full(&upper, &watched.key, options, Some(index), &mut NullSink)?;
         if full.tree != index.tree() {
             let paths: Vec<String> = full
                 .index
@@ -302,28 +186,50 @@ impl Seed<'_> {
                 .collect();
             return Ok(Some(format!("files: {}", paths.join(", "))));
         }
-        let files = differing(&truth.files, &self.truth.files);
-        if !files.is_empty() && !self.reported.files {
+        let files = differing(&truth.files, &before.files);
+        if !files.is_empty() && !reported.files {
             return Ok(Some(format!("files, by both captures: {files:?}")));
         }
-        let memory = differing(&truth.memory_files, &self.truth.memory_files);
-        if !memory.is_empty() && !self.reported.memory_files {
+        let memory = differing(&truth.memory_files, &before.memory_files);
+        if !memory.is_empty() && !reported.memory {
             return Ok(Some(format!("memory files: {memory:?}")));
         }
-        let silent: Vec<ProcessId> = differing(&truth.processes, &self.truth.processes)
-            .into_iter()
-            .filter(|(pid, _)| !self.reported.processes.contains(pid))
-            .collect();
-        Ok((!silent.is_empty()).then(|| format!("processes (id, start): {silent:?}")))
+        let objects = differing(&truth.objects, &before.objects);
+        if !objects.is_empty() && !reported.memory {
+            return Ok(Some(format!("IPC objects: {objects:?}")));
+        }
+        let mounts = differing(&truth.mounts, &before.mounts);
+        if !mounts.is_empty() && reported.around.is_empty() {
+            return Ok(Some(format!("mounts: {mounts:?}")));
+        }
+        Ok(missed_processes(truth, before, reported))
     }
+}
+
+/// A process that was born or ended, or whose memory or state changed, has to be among those reported. What the kernel keeps for it can be changed by another, so
+/// that anything that asks for a new image will do.
+fn missed_processes(truth: &Truth, before: &Truth, reported: &Reported) -> Option<String> {
+    for id in differing(&truth.processes, &before.processes) {
+        let (pid, start): ProcessId = id;
+        if reported.processes.contains(&pid) {
+            continue;
+        }
+        let (now, was) = (truth.processes.get(&id), before.processes.get(&id));
+        let (Some(now), Some(was)) = (now, was) else {
+            return Some(format!("process {pid} (of {start}) came or went"));
+        };
+        if now.memory != was.memory {
+            return Some(format!("process {pid} (of {start}): memory or state"));
+        }
+        if !reported.image() {
+            let what = differing(&now.kernel, &was.kernel);
+            return Some(format!("process {pid} (of {start}): {what:?}"));
+        }
+    }
+    None
 }
 
 /// Whether processes other than the first were given something to do.
 fn of_others(turn: &Turn) -> bool {
     turn.kind != Kind::Quiet && !turn.lines.is_empty()
-}
-
-fn living(tasks: &TaskTable) -> BTreeSet<u32> {
-    let living = tasks.tasks.iter().filter(|t| !t.exited);
-    living.map(|t| t.tgid).collect()
 }

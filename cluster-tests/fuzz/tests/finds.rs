@@ -106,3 +106,13 @@ fn dropped_directories_are_caught() -> Result<()> {
 fn ignored_processes_are_caught() -> Result<()> {
     caught("no-processes")
 }
+
+#[test]
+fn ignored_surroundings_are_caught() -> Result<()> {
+    caught("no-surroundings")
+}
+
+#[test]
+fn forgotten_objects_are_caught() -> Result<()> {
+    caught("no-memory-of-objects")
+}

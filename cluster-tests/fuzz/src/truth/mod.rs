@@ -1,21 +1,23 @@
-//! The truth, read without anything that is to be tested: a walk of the upper with content hashes, the memory file system, and the processes with their memory.
+//! The truth, read without anything that is to be tested: a walk of the upper with content hashes, the memory file system, the processes with
+//! their memory and what the kernel keeps for them ([`processes`]), IPC objects and mounts ([`kernel`]).
 //!
 //! Reading it is not free of effects: it reads status, which lets the kernel take finer time stamps at the next write. So it is read at some boundaries only.
+
+mod kernel;
+mod processes;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use tidepool_inspector::pid_ns_inode;
+
+pub use processes::{Process, ProcessId};
 
 type Digest = [u8; 32];
-
-/// A process other than the first: its host id and its start.
-pub type ProcessId = (u32, u64);
 
 /// What is the case at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -23,8 +25,12 @@ pub struct Truth {
     /// By path of the upper. Times of directories are left out: a file made and gone leaves nothing else.
     pub files: BTreeMap<PathBuf, Digest>,
     pub memory_files: BTreeMap<PathBuf, Digest>,
-    /// Living processes: state and memory.
-    pub processes: BTreeMap<ProcessId, Digest>,
+    /// Living processes but the first.
+    pub processes: BTreeMap<ProcessId, Process>,
+    /// IPC objects and message queues.
+    pub objects: BTreeMap<String, String>,
+    /// Mounts, by number.
+    pub mounts: BTreeMap<String, String>,
 }
 
 impl Truth {
@@ -33,7 +39,9 @@ impl Truth {
         Ok(Self {
             files: files(upper).context("walking the upper")?,
             memory_files: memory_files(init)?,
-            processes: processes(init).context("reading processes")?,
+            processes: processes::read(init).context("reading processes")?,
+            objects: kernel::objects(init).context("reading IPC objects")?,
+            mounts: kernel::mounts(init).context("reading mounts")?,
         })
     }
 }
@@ -48,7 +56,7 @@ pub fn differing<K: Ord + Clone, V: PartialEq>(a: &BTreeMap<K, V>, b: &BTreeMap<
 }
 
 /// Files of the sandbox's `/dev/shm`.
-pub fn memory_files(init: u32) -> Result<BTreeMap<PathBuf, Digest>> {
+fn memory_files(init: u32) -> Result<BTreeMap<PathBuf, Digest>> {
     files(Path::new(&format!("/proc/{init}/root/dev/shm"))).context("walking /dev/shm")
 }
 
@@ -136,76 +144,4 @@ fn attributes(path: &Path, hash: &mut blake3::Hasher) -> io::Result<()> {
         hash.update(&value[..len]);
     }
     Ok(())
-}
-
-/// The living processes of a sandbox but its first.
-fn processes(init: u32) -> Result<BTreeMap<ProcessId, Digest>> {
-    let mut found = BTreeMap::new();
-    for pid in pids(init)? {
-        let gone = |e: &io::Error| {
-            e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
-        };
-        match process(pid) {
-            Ok(Some((start, digest))) => {
-                found.insert((pid, start), digest);
-            }
-            Ok(None) => {}
-            Err(e) if gone(&e) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(found)
-}
-
-/// Host ids of the living processes of a sandbox but its first.
-pub fn pids(init: u32) -> Result<Vec<u32>> {
-    let namespace = pid_ns_inode(init)?;
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|n| n.parse().ok()) else {
-            continue;
-        };
-        // One that has ended has no namespace any more.
-        if pid != init && pid_ns_inode(pid).is_ok_and(|ns| ns == namespace) {
-            found.push(pid);
-        }
-    }
-    Ok(found)
-}
-
-/// Start and digest of a process, if it lives.
-fn process(pid: u32) -> io::Result<Option<(u64, Digest)>> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split(' ').collect();
-    // State, parent, and further on the start, counted from the third field of the file.
-    let (state, parent) = (fields.first().copied(), fields.get(1).copied());
-    let start = fields.get(19).and_then(|s| s.parse().ok()).unwrap_or(0);
-    if matches!(state, None | Some("Z" | "X")) {
-        return Ok(None);
-    }
-    let mut hash = blake3::Hasher::new();
-    hash.update(state.unwrap_or("").as_bytes());
-    hash.update(parent.unwrap_or("").as_bytes());
-    let memory = File::open(format!("/proc/{pid}/mem"))?;
-    for line in fs::read_to_string(format!("/proc/{pid}/maps"))?.lines() {
-        // Not the names of what is mapped: other processes change those.
-        let mut words = line.split(' ');
-        let (range, permissions) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-        hash.update(range.as_bytes()).update(permissions.as_bytes());
-        let range = range.split_once('-');
-        let private_writable = permissions.starts_with("rw-p");
-        let hex = |s| u64::from_str_radix(s, 16).ok();
-        if let (Some((from, to)), true) = (range, private_writable)
-            && let (Some(from), Some(to)) = (hex(from), hex(to))
-        {
-            let mut page = vec![0u8; 4096];
-            for at in (from..to).step_by(4096) {
-                match memory.read_at(&mut page, at) {
-                    Ok(n) => hash.update(&page[..n]),
-                    Err(_) => hash.update(b"unreadable"),
-                };
-            }
-        }
-    }
-    Ok(Some((start, *hash.finalize().as_bytes())))
 }

@@ -15,8 +15,8 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use crate::calls::{Calls, TaskCalls};
 use crate::cells::Cells;
 use crate::error::InspectorError;
-use crate::programs::{Object, objects};
 use crate::probes::ProbeSet;
+use crate::programs::{Object, objects};
 use crate::raw::{self, Event, Task};
 use crate::{InspectorOptions, sys};
 

@@ -184,16 +184,6 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
     }
     turn(
         &host,
-        "kill -STOP $(cat /root/ready)",
-        &["processes", "full"],
-    );
-    turn(
-        &host,
-        "kill -CONT $(cat /root/ready)",
-        &["processes", "full"],
-    );
-    turn(
-        &host,
         "kill -9 $(cat /root/ready); sleep 0.1",
         &["processes", "full"],
     );

@@ -67,7 +67,7 @@ impl Hooks {
                 Ok(hooks) => return Ok(hooks),
                 Err(e) => {
                     // The last error is of the least demanding one.
-                    tracing::debug!(set = set.name(), error = %e, "one form of the eBPF programs cannot be used");
+                    tracing::info!(set = set.name(), error = %e, "one form of the eBPF programs cannot be used");
                     failed = Some(e);
                 }
             }

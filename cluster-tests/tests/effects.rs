@@ -82,7 +82,7 @@ fn effects_come_back(set: &str) {
     for nothing in [
         "touch /root/x && rm /root/x",
         "mkdir /root/y && rmdir /root/y",
-        "cp -p /root/links/g /tmp/keep && rm /tmp/keep",
+        "cp -p /root/links/g /root/keep && rm /root/keep",
         "cat /root/links/g > /dev/null; sh -c 'exit 0'; sleep 0.01",
         "mv /root/s /root/t && mv /root/t /root/s",
     ] {
@@ -184,16 +184,6 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
     }
     turn(
         &host,
-        "kill -STOP $(cat /root/ready)",
-        &["processes", "full"],
-    );
-    turn(
-        &host,
-        "kill -CONT $(cat /root/ready)",
-        &["processes", "full"],
-    );
-    turn(
-        &host,
         "kill -9 $(cat /root/ready); sleep 0.1",
         &["processes", "full"],
     );
@@ -235,7 +225,13 @@ fn what_a_sandbox_may_not_change_is_refused() {
     ] {
         let done = host.exec("a", refused);
         assert_ne!(done["status"]["code"], 0, "{refused}: {done}");
-        assert_eq!(verdict(&done), "clean", "{refused}: {done}");
+        // The command's own lock file, at most.
+        assert!(
+            matches!(verdict(&done), "clean" | "files"),
+            "{refused}: {done}"
+        );
+        let named = evidence(&done, "not_covered");
+        assert_eq!(named, "[]", "{refused}: {done}");
     }
 }
 

@@ -147,17 +147,6 @@ static __always_inline u32 number_at(struct task_struct *task, u32 level)
 	struct upid upid;
 	const void *pid;
 
-#if DIRECT
-	if (level == 1) {
-		struct pid *typed = task->thread_pid;
-		struct upid *near;
-
-		if (!typed)
-			return 0;
-		near = (void *)typed + bpf_core_field_offset(struct pid, numbers) + sizeof(struct upid);
-		return near->nr;
-	}
-#endif
 	pid = BPF_CORE_READ(task, thread_pid);
 	if (!pid)
 		return 0;

@@ -31,8 +31,8 @@ use crate::load::Hooks;
 use crate::pending::{Bounds, Pending};
 use crate::probes::ProbeSet;
 use crate::raw::Counters;
-use crate::support::{kernel_dev, supports};
 use crate::state::{Registered, State};
+use crate::support::{kernel_dev, supports};
 use crate::tasks::{TaskRan, TaskTable};
 use crate::watch::ThawWatch;
 

@@ -15,8 +15,8 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use crate::calls::{Calls, TaskCalls};
 use crate::cells::Cells;
 use crate::error::InspectorError;
-use crate::programs::{Object, objects};
 use crate::probes::ProbeSet;
+use crate::programs::{Object, objects};
 use crate::raw::{self, Event, Task};
 use crate::{InspectorOptions, sys};
 
@@ -67,7 +67,7 @@ impl Hooks {
                 Ok(hooks) => return Ok(hooks),
                 Err(e) => {
                     // The last error is of the least demanding one.
-                    tracing::debug!(set = set.name(), error = %e, "one form of the eBPF programs cannot be used");
+                    tracing::info!(set = set.name(), error = %e, "one form of the eBPF programs cannot be used");
                     failed = Some(e);
                 }
             }

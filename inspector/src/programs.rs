@@ -71,4 +71,3 @@ pub(crate) fn objects(set: ProbeSet) -> Vec<&'static Object> {
         ProbeSet::Syscalls | ProbeSet::Walk => vec![],
     }
 }
-

@@ -73,7 +73,7 @@ impl Surroundings {
         for (key, state) in &self.objects {
             match earlier.objects.get(key) {
                 Some(then) if then == state => {}
-                Some(then) => changes.push(format!("{key}: {state} (was {then})")),
+                Some(then) => changes.push(format!("{key}: {}", difference(state, then))),
                 None => changes.push(format!("{key}: {state} (was not there)")),
             }
         }
@@ -115,6 +115,18 @@ impl Surroundings {
         }
         objects::of_process(pid, &mut self.objects)
     }
+}
+
+/// Where a state begins to differ from another, with the two words before that say what it is.
+fn difference(now: &str, then: &str) -> String {
+    let words: Vec<&str> = now.split_whitespace().collect();
+    let same = words
+        .iter()
+        .zip(then.split_whitespace())
+        .take_while(|(a, b)| **a == *b);
+    let at = same.count();
+    let shown = &words[at.saturating_sub(2).min(words.len())..words.len().min(at + 3)];
+    shown.join(" ")
 }
 
 /// Whether an error says that a process has ended.
@@ -328,6 +340,17 @@ mod tests {
             ..found.clone()
         };
         assert_eq!(doubtful.changes_since(&doubtful.clone()), ["why"]);
+    }
+
+    #[test]
+    fn differences_are_shown_with_what_they_are_of() {
+        let then = "nice 0 signals 0 0 limits ab oom 0";
+        assert_eq!(
+            difference("nice 0 signals 0 200 limits ab oom 0", then),
+            "signals 0 200 limits ab"
+        );
+        assert_eq!(difference("holds 5", "empty"), "holds 5");
+        assert_eq!(difference("pos: 0", "pos: 0 holds 3"), "pos: 0");
     }
 
     #[test]

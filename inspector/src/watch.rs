@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use crate::effects::SandboxSlot;
 use crate::error::InspectorError;
 use crate::inspector::lock;
-use crate::state::State;
 use crate::raw::Task;
+use crate::state::State;
 use crate::thaw::{Thaw, ThawBecause, ThawRan, judge};
 
 const WHAT: &str = "a thaw from work";

@@ -115,7 +115,7 @@ impl Scale<'_> {
             return None;
         };
         let same = before.kind == after.kind && but_for_mtime(&before.meta, &after.meta);
-        if !same || content.len() == 0 || !self.renewed(path, &after.meta) {
+        if !same || content.is_empty() || !self.renewed(path, &after.meta) {
             return None;
         }
         self.light.renewed += 1;

@@ -169,7 +169,18 @@ fn namespaces(pid: u32) -> io::Result<BTreeMap<String, String>> {
 fn mounts(pid: u32) -> io::Result<BTreeSet<String>> {
     let text = fs::read(format!("/proc/{pid}/mountinfo"))?;
     let lines = text.split(|b| *b == b'\n').filter(|l| !l.is_empty());
-    let found: BTreeSet<String> = lines.filter_map(mount).map(bounded).collect();
+    let mut counts = BTreeMap::new();
+    for mount in lines.filter_map(mount).map(bounded) {
+        *counts.entry(mount).or_insert(0u32) += 1;
+    }
+    // The same once more in the same place is another mount, over the first.
+    let found: BTreeSet<String> = counts
+        .into_iter()
+        .map(|(mount, count)| match count {
+            1 => mount,
+            _ => format!("{mount} {count} times"),
+        })
+        .collect();
     match found.len() {
         0 => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         n if n > MAX_ENTRIES => Err(io::Error::other("it has too many mounts")),

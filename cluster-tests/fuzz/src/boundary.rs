@@ -69,9 +69,6 @@ impl Watched<'_> {
     pub(crate) fn boundary(&mut self) -> Result<Done> {
         self.settle()?;
         let init = self.sandbox.init();
-        if self.what == Some(Break::NoMemoryOfObjects) {
-            self.baseline.ipc = false;
-        }
         let look = look::look(self.inspector, self.slot, init, &self.baseline)?;
         self.report(&look);
         let mut files = look.files;

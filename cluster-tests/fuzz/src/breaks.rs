@@ -21,7 +21,7 @@ pub enum Break {
     NoRearm,
     /// Only those that are writable now, and by the name they are mapped under, which may be gone while the file has another.
     RearmByName,
-    /// A second change of a file within a clock tick of the first is not seen, as where nothing makes the kernel take finer stamps.
+    /// A second change of a file within a second of the first is not seen, as where time stamps are coarse and nothing makes the kernel take finer ones.
     NoTickGuard,
     /// The memory file system is not looked at.
     NoTmpfs,
@@ -31,8 +31,6 @@ pub enum Break {
     NoProcesses,
     /// What the kernel keeps for processes, and mounts, are not compared: only processes that ran count.
     NoSurroundings,
-    /// IPC objects that were there at the last boundary are forgotten: only those that are there now count.
-    NoMemoryOfObjects,
 }
 
 impl Break {
@@ -47,8 +45,8 @@ impl Break {
     }
 }
 
-/// The longest clock tick of the kernels in use, in nanoseconds.
-const TICK_NS: i64 = 10_000_000;
+/// How coarse, in nanoseconds: far longer than a turn takes, also where the machine is busy, so that it does not depend on that whether the error shows.
+const TICK_NS: i64 = 1_000_000_000;
 
 /// Spoils readings.
 pub(crate) struct Broken {

@@ -111,8 +111,3 @@ fn ignored_processes_are_caught() -> Result<()> {
 fn ignored_surroundings_are_caught() -> Result<()> {
     caught("no-surroundings")
 }
-
-#[test]
-fn forgotten_objects_are_caught() -> Result<()> {
-    caught("no-memory-of-objects")
-}

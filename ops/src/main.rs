@@ -81,6 +81,7 @@ async fn dispatch(command: Command, client: &Client, ui: Ui) -> Result<(), Failu
         Command::Status | Command::Host(HostCommand::Show) => {
             commands::status::run(client, ui).await
         }
+        Command::Node(args) => commands::node::run(args, ui).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidepool", &mut script);

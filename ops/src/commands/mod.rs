@@ -2,6 +2,7 @@
 
 pub(crate) mod checkpoint;
 pub(crate) mod image;
+pub(crate) mod node;
 pub(crate) mod restore;
 pub(crate) mod sandbox;
 pub(crate) mod status;

@@ -5,7 +5,7 @@ use tidepool_proto::{Epoch, ErrorKind, SandboxId, SessionId};
 
 use crate::command::{Command, op::Op};
 use crate::kv::{KvRead, ReadError, Write};
-use crate::{chunks, images, names, sandboxes};
+use crate::{chunks, images, names, nodes, sandboxes};
 
 /// Which of the two kinds of state machine a group is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub enum Reply {
     Removed {
         name: String,
     },
+    /// AddNode: the node's number.
+    Node(u64),
 }
 
 /// Why a command changed nothing.
@@ -107,6 +109,10 @@ fn dispatch(group: Group, state: &dyn KvRead, command: &Command) -> Applied {
         (Group::Shard, Op::UpdateSandboxMeta(c)) => sandboxes::update_meta(state, c),
         (Group::Shard, Op::RemoveSandbox(c)) => sandboxes::remove(state, c),
         (Group::Shard, Op::Commit(c)) => sandboxes::commit(state, c),
+        (Group::Meta, Op::InitCluster(c)) => nodes::init(state, c),
+        (Group::Meta, Op::AddToken(c)) => nodes::add_token(state, c, command.now_ms),
+        (Group::Meta, Op::AddNode(c)) => nodes::add(state, c, command.now_ms),
+        (Group::Meta, Op::SetNode(c)) => nodes::set(state, c),
         (Group::Meta, Op::ReserveName(c)) => names::reserve(state, c),
         (Group::Meta, Op::ReleaseName(c)) => names::release(state, c),
         (Group::Meta, Op::PutImage(c)) => images::put(state, c),

@@ -22,6 +22,8 @@ pub enum Table {
     Manifest = b'm',
     /// Sandbox name: sandbox id.
     Name = b'n',
+    /// [`crate::ClusterState`].
+    Cluster = b'o',
     /// Session and chunk name: nothing.
     Pin = b'p',
     /// Sandbox: [`crate::SandboxState`].
@@ -104,6 +106,10 @@ pub fn name(name: &str) -> Vec<u8> {
 
 pub fn image(name: &str) -> Vec<u8> {
     key(Table::Image, &[name.as_bytes()])
+}
+
+pub fn cluster() -> Vec<u8> {
+    key(Table::Cluster, &[])
 }
 
 pub fn stats() -> Vec<u8> {

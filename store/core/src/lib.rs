@@ -1,7 +1,7 @@
 //! What a store cluster remembers, as deterministic state machines: commands in, results and key/value writes out.
 //!
 //! There are two kinds of raft group. The one **meta** group keeps what is cluster-wide and changes rarely: the names of
-//! sandboxes and the records of images. Each of the S **shards** keeps the chunks whose names hash to it (with the
+//! sandboxes, the records of images, the nodes of the cluster. Each of the S **shards** keeps the chunks whose names hash to it (with the
 //! sessions that pin them) and the sandboxes whose ids do (epoch, turns, manifests, idempotency keys).
 //!
 //! [`apply`] is the whole interface: it reads through [`KvRead`], and gives back [`Write`]s that the caller makes durable in one
@@ -24,12 +24,16 @@ mod images;
 pub mod keys;
 mod kv;
 mod names;
+mod nodes;
+pub mod placement;
 mod records;
+mod reply;
 mod sandboxes;
 mod shard;
 
 pub use apply::{Group, Outcome, Refusal, Reply, apply};
 pub use command::{Command, op};
 pub use kv::{KvRead, ReadError, Write, prefix_end};
+pub use nodes::{ClusterState, NodeRecord, TokenRecord};
 pub use records::{SandboxState, SessionState, ShardStats, decode_manifest, decode_number};
 pub use shard::{META_GROUP, ShardMap};

@@ -214,7 +214,7 @@ impl From<Kind> for ImageKind {
 pub(crate) enum SandboxCommand {
     /// Create a sandbox from an image and start it
     #[command(after_help = help::SANDBOX_CREATE_AFTER)]
-    Create(CreateArgs),
+    Create(Box<CreateArgs>),
     /// List the sandboxes this host knows, running or not
     #[command(after_help = help::SANDBOX_LIST_AFTER)]
     List,

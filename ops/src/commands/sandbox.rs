@@ -12,7 +12,7 @@ use crate::ui::{Ui, fields, flexible, left, right, table};
 
 pub(crate) async fn run(command: SandboxCommand, client: &Client, ui: Ui) -> Result<(), Failure> {
     match command {
-        SandboxCommand::Create(args) => create(args, client, ui).await,
+        SandboxCommand::Create(args) => create(*args, client, ui).await,
         SandboxCommand::List => list(client, ui).await,
         SandboxCommand::Show { sandbox } => {
             let info: SandboxInfo = client.get(&path(&["sandboxes", &sandbox.sandbox])).await?;

@@ -240,12 +240,11 @@ pub(crate) fn hold(words: &[String]) -> ExitCode {
                         libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
                     }
                 }
-                // SAFETY: no pointers; one thread.
-                ("unshare", _) => ensure!(
-                    unsafe { libc::unshare(libc::CLONE_NEWUTS) } == 0,
-                    "{}",
-                    last()
-                ),
+                ("unshare", _) => {
+                    // SAFETY: no pointers; one thread.
+                    let result = unsafe { libc::unshare(libc::CLONE_NEWUTS) };
+                    ensure!(result == 0, "{}", last());
+                }
                 _ => bail!("cannot hold {word}"),
             }
         }

@@ -1,0 +1,131 @@
+//! Appends that wait for bodies: a follower acknowledges entries only when every body they name is durable here.
+//!
+//! Messages wait in the order they came; the first one's missing bodies are fetched, some at a time, which bounds memory on both
+//! sides. What finds no room is dropped: raft sends it again.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use prost::Message as _;
+use raft::eraftpb::{Entry, Message};
+use tidepool_proto::ChunkName;
+use tidepool_proto::wire::split_names;
+use tidepool_store_core::{Command, op};
+
+use crate::disk::{Disk, DiskError};
+
+/// The most messages, and bytes of their entries, that wait in one group.
+const MAX_PARKED: (usize, usize) = (256, 16 << 20);
+/// The most bodies of one fetch.
+pub(crate) const FETCH_NAMES: usize = 256;
+/// Ticks after a failed fetch.
+pub(crate) const RETRY_TICKS: u32 = 3;
+
+/// The names of chunks whose bodies an entry rests on.
+pub(crate) fn names_of(entry: &Entry) -> Vec<ChunkName> {
+    match Command::decode(&*entry.data).map(|c| c.op) {
+        Ok(Some(op::Op::AddChunks(c))) => split_names(&c.names).unwrap_or_default(),
+        _ => Vec::new(),
+    }
+}
+
+struct Waiting {
+    from: u64,
+    message: Message,
+    names: Vec<ChunkName>,
+    bytes: usize,
+}
+
+/// What a group's messages wait for.
+pub(crate) enum Next {
+    /// Nothing: this one may be stepped.
+    Step(Box<Message>),
+    /// These bodies.
+    Fetch {
+        from: u64,
+        index: u64,
+        names: Vec<ChunkName>,
+    },
+    /// A fetch that is under way, or time; or there is none.
+    Wait,
+}
+
+/// The waiting appends of one group.
+#[derive(Default)]
+pub(crate) struct Parked {
+    queue: VecDeque<Waiting>,
+    bytes: usize,
+    /// Names of the first message that were collected meanwhile.
+    gone: BTreeSet<ChunkName>,
+    pub(crate) fetch: Option<u64>,
+    pub(crate) wait: u32,
+}
+
+impl Parked {
+    /// Takes a message in.
+    pub(crate) fn push(&mut self, from: u64, message: Message) {
+        let names: Vec<ChunkName> = message.entries.iter().flat_map(names_of).collect();
+        let bytes = message.entries.iter().map(|e| e.data.len() + 64).sum();
+        if self.queue.len() >= MAX_PARKED.0 || self.bytes + bytes > MAX_PARKED.1.max(bytes) {
+            return;
+        }
+        self.bytes += bytes;
+        self.queue.push_back(Waiting {
+            from,
+            message,
+            names,
+            bytes,
+        });
+    }
+
+    /// What comes next.
+    pub(crate) fn next<D: Disk>(&mut self, disk: &D) -> Result<Next, DiskError> {
+        if self.fetch.is_some() || self.wait > 0 {
+            return Ok(Next::Wait);
+        }
+        let Some(first) = self.queue.front_mut() else {
+            return Ok(Next::Wait);
+        };
+        let mut missing = Vec::new();
+        for name in &first.names {
+            if !self.gone.contains(name) && !disk.has_body(name)? {
+                missing.push(*name);
+            }
+        }
+        first.names.clone_from(&missing);
+        if missing.is_empty() {
+            self.gone.clear();
+            let Some(first) = self.queue.pop_front() else {
+                return Ok(Next::Wait);
+            };
+            self.bytes -= first.bytes;
+            return Ok(Next::Step(Box::new(first.message)));
+        }
+        missing.truncate(FETCH_NAMES);
+        Ok(Next::Fetch {
+            from: first.from,
+            index: first.message.commit,
+            names: missing,
+        })
+    }
+
+    /// The fetch ended; these were collected.
+    pub(crate) fn fetched(&mut self, gone: Vec<ChunkName>) {
+        self.fetch = None;
+        self.gone.extend(gone);
+    }
+
+    /// The fetch failed.
+    pub(crate) fn failed(&mut self) {
+        self.fetch = None;
+        self.wait = RETRY_TICKS;
+        // The leader may have changed or died: what it sent is worth nothing if it cannot be completed.
+        if let Some(first) = self.queue.pop_front() {
+            self.bytes -= first.bytes;
+        }
+        self.gone.clear();
+    }
+
+    pub(crate) fn tick(&mut self) {
+        self.wait = self.wait.saturating_sub(1);
+    }
+}

@@ -200,7 +200,8 @@ fn requests_carry_what_was_asked() {
         server.asked_for("POST /v1/sandboxes").json(),
         json!({"name": "web", "image": "debian", "env": ["A=1", "B=2=3"], "cwd": "/src", "user": "1000:1000",
             "memory_bytes": 3u64 << 29, "pids": 64, "network": true,
-            "mounts": [{"source": "/data", "target": "/mnt", "read_only": true}]})
+            "mounts": [{"source": "/data", "target": "/mnt", "read_only": true}],
+            "agent": null, "ignore": []})
     );
     // The daemon has another working directory, so paths are made absolute here.
     let mut command = server.command("image import debian rootfs.tar --kind oci-layout");

@@ -5,7 +5,9 @@
 //! thread of a pool is ever left in a sandbox's network.
 
 use crate::error::{Context, Result, SandboxError};
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 use std::fs;
 use std::io;
@@ -43,10 +45,31 @@ pub(crate) fn inside<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Se
     })
 }
 
+/// Makes the directory of namespaces a shared mount of its own, as `ip netns` does before its first one. If it came later, it
+/// would cover the namespaces that are here already: they could be entered no more, nor removed.
+fn share(dir: &Path) -> rustix::io::Result<()> {
+    let flags = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
+    let lock = rustix::fs::open(
+        dir,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    // `ip netns` takes the same lock, so that only one of all binds it.
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    match rustix::mount::mount_change(dir, flags) {
+        Err(Errno::INVAL) => {
+            rustix::mount::mount_bind_recursive(dir, dir)?;
+            rustix::mount::mount_change(dir, flags)
+        }
+        other => other,
+    }
+}
+
 /// Makes a namespace that stays at `path`, with its loopback up.
 pub(crate) fn create(path: &Path) -> Result<()> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).context(|| format!("cannot make {}", dir.display()))?;
+        share(dir).context(|| format!("cannot make {} a shared mount", dir.display()))?;
     }
     fs::OpenOptions::new()
         .write(true)

@@ -365,6 +365,15 @@ impl<D: Disk> Core<D> {
                     return Ok(());
                 };
                 replica.lonely = 0;
+                // A replica that knows no members has no vote: one that was deleted and made again, its log forgotten, could
+                // otherwise help members of long ago to a quorum.
+                let asks_for_vote = matches!(
+                    message.msg_type(),
+                    MessageType::MsgRequestVote | MessageType::MsgRequestPreVote
+                );
+                if asks_for_vote && !is_member(replica.group.conf(), self.cfg.node) {
+                    return Ok(());
+                }
                 match message.msg_type() {
                     MessageType::MsgAppend if !message.entries.is_empty() => {
                         replica.parked.push(from, *message);

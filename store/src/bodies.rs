@@ -32,6 +32,8 @@ pub trait BodyStore: Send + Sync + 'static {
     fn put(&self, bodies: &[(ChunkName, Bytes)]) -> Result<(), DbError>;
     /// A body as it was stored, or `Corruption` where it is not that any more.
     fn get(&self, name: &ChunkName) -> Result<Option<Vec<u8>>, DbError>;
+    /// Deletes bodies, whose space comes back before long. Names that are not there are no error. Durable like a put.
+    fn delete(&self, names: &[ChunkName]) -> Result<(), DbError>;
 }
 
 /// Bodies in RocksDB's blob files.
@@ -76,6 +78,14 @@ impl BodyStore for RocksBodies {
             Ok(_) => Ok(Some(body)),
             Err(e) => Err(DbError::Corruption(format!("chunk {name} is damaged: {e}"))),
         }
+    }
+
+    fn delete(&self, names: &[ChunkName]) -> Result<(), DbError> {
+        let mut batch = self.db.batch()?;
+        for name in names {
+            batch.delete_body(&name.0);
+        }
+        self.db.write(batch.finish(), false)
     }
 }
 

@@ -268,6 +268,10 @@ impl Batch<'_> {
         self.inner.put_cf(&self.bodies, name, body);
     }
 
+    pub fn delete_body(&mut self, name: &[u8]) {
+        self.inner.delete_cf(&self.bodies, name);
+    }
+
     pub fn is_empty(&self) -> bool {
         self.inner.is_empty()
     }

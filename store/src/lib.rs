@@ -20,6 +20,8 @@ pub mod db;
 mod driver;
 mod error;
 mod files;
+pub mod gc;
+mod holds;
 mod logs;
 mod node;
 mod pki;
@@ -33,6 +35,7 @@ mod stats;
 
 pub use config::NodeConfig;
 pub use error::StoreError;
+pub use holds::{Held, Holds};
 pub use node::Node;
 pub use pki::Role;
 pub use stats::NodeStats;

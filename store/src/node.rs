@@ -20,12 +20,14 @@ use crate::config::{Identity, NodeConfig};
 use crate::db::Db;
 use crate::driver::{Driver, Handle};
 use crate::error::StoreError;
+use crate::gc::Collector;
+use crate::holds::Holds;
 use crate::pki::{Pki, Role};
 use crate::raft::{Group, GroupConfig};
 use crate::requests::Shared;
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
-use crate::{logs, server, sessions};
+use crate::{gc, logs, server, sessions};
 
 /// How long a node waits at start until its groups answer.
 const START: Duration = Duration::from_secs(30);
@@ -74,12 +76,15 @@ impl Node {
             writer,
             damaged: Damaged::default(),
             space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
+            holds: Holds::default(),
+            collector: Collector::default(),
             counters,
         });
         let (endpoint, local) = listen(&cfg, &pki)?;
         let mut tasks = JoinSet::new();
         tasks.spawn(server::run(endpoint.clone(), shared.clone()));
         tasks.spawn(sessions::expire(shared.clone()));
+        tasks.spawn(gc::serve(shared.clone()));
         let identity = pki.issue(Role::Host)?;
         let node = Node {
             shared,

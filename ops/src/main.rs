@@ -14,6 +14,7 @@ mod human;
 mod lines;
 mod progress;
 mod signals;
+mod store;
 mod terminal;
 mod ui;
 
@@ -79,6 +80,8 @@ async fn dispatch(command: Command, client: &Client, ui: Ui) -> Result<(), Failu
         Command::Rollback(args) => commands::restore::rollback(args, client, ui).await,
         Command::Fork(args) => commands::restore::fork(args, client, ui).await,
         Command::Status => commands::status::run(client, ui).await,
+        Command::Gc(command) => commands::gc::run(command, ui).await,
+        Command::Retention(command) => commands::retention::run(command, ui).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidepool", &mut script);

@@ -142,11 +142,15 @@ pub mod request {
     pub struct GcPage {
         #[prost(uint32, tag = "1")]
         pub group: u32,
+        /// 0 where nothing is going to be swept: the group is looked at as it is.
         #[prost(uint64, tag = "2")]
         pub round: u64,
         /// Where the page begins; empty for the first.
         #[prost(bytes = "bytes", tag = "3")]
         pub after: Bytes,
+        /// Checkpoints that count as removed, concatenated and sorted; in a round that is only tried.
+        #[prost(bytes = "bytes", tag = "4")]
+        pub without: Bytes,
     }
 
     /// What these chunks of one group refer to.
@@ -165,9 +169,12 @@ pub mod request {
         /// How long it waits for uploads that are under way; those that take longer have to pin again.
         #[prost(uint64, tag = "1")]
         pub grace_ms: u64,
-        /// Marks and counts, but sweeps nothing.
+        /// Marks and counts, but begins no round and sweeps nothing.
         #[prost(bool, tag = "2")]
         pub dry: bool,
+        /// Checkpoints that count as removed where it is dry, concatenated and sorted.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub without: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]

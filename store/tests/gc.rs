@@ -84,7 +84,10 @@ async fn upload(client: &Client, n: u8, chunks: Vec<(ChunkName, Bytes)>) -> u64 
 }
 
 async fn collect(client: &Client, dry: bool) -> GcReport {
-    client.gc_run(0, dry).await.unwrap();
+    match dry {
+        true => client.gc_try(&[]).await.unwrap(),
+        false => client.gc_run(0).await.unwrap(),
+    };
     loop {
         let report: GcReport = serde_json::from_slice(&client.gc_status().await.unwrap()).unwrap();
         if report.ended_ms != 0 {

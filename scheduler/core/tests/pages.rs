@@ -124,7 +124,7 @@ fn a_dump_that_fails_teaches_the_index_nothing() {
     let key = key();
     let mut index = PageIndex::default();
     let mut packer = PagePacker::new(&key, &mut index);
-    let mut full = |_: ChunkName, _: &[u8]| Err("full");
+    let mut full = |_: ChunkName, _: &[u8], _: &[ChunkName]| Err("full");
     let all: Vec<u8> = (1..=300).flat_map(page).collect();
     packer.begin(&mut full).unwrap();
     packer.push(&all, &mut full).unwrap_err();

@@ -8,9 +8,24 @@ use crate::calls::id;
 use crate::{Client, ClientError};
 
 impl Client {
-    /// Begins a collection, unless one runs, and gives its account so far (JSON). `grace_ms` is how long it waits for uploads under way; a `dry` one sweeps nothing.
-    pub async fn gc_run(&self, grace_ms: u64, dry: bool) -> Result<Vec<u8>, ClientError> {
-        let op = request::Op::GcRun(request::GcRun { grace_ms, dry });
+    /// Begins a collection, unless one runs, and gives its account so far (JSON). `grace_ms` is how long it waits for uploads under way.
+    pub async fn gc_run(&self, grace_ms: u64) -> Result<Vec<u8>, ClientError> {
+        let op = request::Op::GcRun(request::GcRun {
+            grace_ms,
+            ..request::GcRun::default()
+        });
+        self.gc_report(op).await
+    }
+
+    /// The same for one that only looks what would go, as if these checkpoints were removed.
+    pub async fn gc_try(&self, without: &[CheckpointId]) -> Result<Vec<u8>, ClientError> {
+        let mut without: Vec<[u8; 32]> = without.iter().map(|c| c.0).collect();
+        without.sort_unstable();
+        let op = request::Op::GcRun(request::GcRun {
+            grace_ms: 0,
+            dry: true,
+            without: without.concat().into(),
+        });
         self.gc_report(op).await
     }
 

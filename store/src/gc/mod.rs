@@ -52,8 +52,9 @@ pub enum Phase {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GcReport {
     pub phase: Phase,
+    /// 0 for a dry one.
     pub round: u64,
-    /// Nothing is swept.
+    /// It only looks: no round is begun, nothing is swept.
     pub dry: bool,
     pub started_ms: u64,
     /// 0 while it runs.
@@ -114,6 +115,12 @@ fn answer(report: &GcReport) -> Answer {
 
 /// Begins a collection; where one runs, gives its account.
 pub(crate) async fn run(shared: &Arc<Shared>, r: request::GcRun) -> Answer {
+    if r.without.len() % 32 != 0 || !r.without.as_chunks::<32>().0.is_sorted() {
+        return Err(Failure::new(
+            ErrorKind::Invalid,
+            "a list of checkpoints is not sorted or not a whole number of them",
+        ));
+    }
     if r.grace_ms > MAX_GRACE_MS {
         return Err(Failure::new(
             ErrorKind::Invalid,
@@ -171,6 +178,10 @@ pub(crate) async fn serve(shared: Arc<Shared>) {
     let Some(mut queue) = queue else { return };
     while let Some(order) = queue.recv().await {
         let mut round = Round {
+            without: match order.dry {
+                true => order.without,
+                false => Bytes::new(),
+            },
             shared: shared.clone(),
             report: GcReport {
                 phase: Phase::Begin,
@@ -200,7 +211,9 @@ pub(crate) async fn serve(shared: Arc<Shared>) {
         }
         shared.collector.set(&report);
         // Only for those who ask after a restart.
-        if let Ok(json) = serde_json::to_vec(&report) {
+        if !report.dry
+            && let Ok(json) = serde_json::to_vec(&report)
+        {
             let op = op::Op::ReportGc(op::ReportGc {
                 round: report.round,
                 report: json.into(),
@@ -213,6 +226,8 @@ pub(crate) async fn serve(shared: Arc<Shared>) {
 /// One collection under way.
 struct Round {
     shared: Arc<Shared>,
+    /// Checkpoints that count as removed.
+    without: Bytes,
     report: GcReport,
 }
 
@@ -223,6 +238,27 @@ impl Round {
     }
 
     async fn collect(&mut self, grace_ms: u64) -> Result<(), Failure> {
+        if !self.report.dry {
+            self.cut(grace_ms).await?;
+        }
+        self.enter(Phase::Mark);
+        let chunks = self.shared.stats().chunks;
+        let mut marks = Marks::new(chunks, rand::random());
+        let purges = self.mark(&mut marks).await?;
+        self.enter(Phase::Sweep);
+        for group in self.shared.map.shard_groups() {
+            self.sweep(group, &marks).await?;
+        }
+        if !self.report.dry {
+            for (group, purge) in purges {
+                self.shared.propose(group, purge).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings every group to the cut of a new round.
+    async fn cut(&mut self, grace_ms: u64) -> Result<(), Failure> {
         let token: [u8; 16] = rand::random();
         let start = op::Op::StartRound(op::StartRound {
             token: Bytes::copy_from_slice(&token),
@@ -239,21 +275,7 @@ impl Round {
         self.enter(Phase::Cut);
         // Only now that all have begun: a cut before that would let a commit pass whose chunks carry an older round.
         self.every_group(op::Op::Cut(op::Round { round }), |_, fence| fence)
-            .await?;
-        self.enter(Phase::Mark);
-        let chunks = self.shared.stats().chunks;
-        let mut marks = Marks::new(chunks, rand::random());
-        let purges = self.mark(&mut marks).await?;
-        self.enter(Phase::Sweep);
-        for group in self.shared.map.shard_groups() {
-            self.sweep(group, &marks).await?;
-        }
-        if !self.report.dry {
-            for (group, purge) in purges {
-                self.shared.propose(group, purge).await?;
-            }
-        }
-        Ok(())
+            .await
     }
 
     /// Has every group do a step, and checks that it did.
@@ -302,6 +324,7 @@ impl Round {
                 group,
                 round: self.report.round,
                 after,
+                without: Bytes::new(),
             };
             let page = match crate::requests::gc::old(&self.shared, page).await? {
                 response::Op::GcOld(page) => page,

@@ -25,6 +25,7 @@ impl Round {
                     group,
                     round: self.report.round,
                     after,
+                    without: self.without.clone(),
                 };
                 let page = match crate::requests::gc::roots(&self.shared, page).await? {
                     response::Op::GcRoots(page) => page,

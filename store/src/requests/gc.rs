@@ -47,8 +47,11 @@ fn check_group(shared: &Shared, group: u32) -> Result<(), Failure> {
     }
 }
 
-/// The group's state of collection, which must be that of the round that asks.
-fn at_cut(shared: &Shared, group: u32, round: u64) -> Result<GcState, Failure> {
+/// The group must be at the cut of the round that asks, if one does.
+fn at_cut(shared: &Shared, group: u32, round: u64) -> Result<(), Failure> {
+    if round == 0 {
+        return Ok(());
+    }
     let gc = match shared.db.state(group, &keys::gc())? {
         Some(value) => GcState::decode(&value)?,
         None => GcState::default(),
@@ -59,12 +62,15 @@ fn at_cut(shared: &Shared, group: u32, round: u64) -> Result<GcState, Failure> {
             format!("group {group} is at the cut of round {}", gc.fence),
         ));
     }
-    Ok(gc)
+    Ok(())
 }
 
 /// A page under way.
 struct Page {
+    /// 0 where the group is looked at as it is.
     round: u64,
+    /// Checkpoints that count as removed, sorted.
+    without: Bytes,
     names: BytesMut,
     items: u64,
     purge: op::Purge,
@@ -75,6 +81,11 @@ struct Page {
 }
 
 impl Page {
+    /// Whether what was removed in this round, if it was, is a root.
+    fn live(&self, removed: Option<u64>) -> bool {
+        removed.is_none_or(|at| self.round != 0 && at >= self.round)
+    }
+
     fn names(&mut self, names: impl IntoIterator<Item = tidepool_proto::ChunkName>) {
         let before = self.names.len();
         for name in names {
@@ -113,14 +124,13 @@ impl Page {
         key: &[u8],
         value: Vec<u8>,
     ) -> Result<(), Failure> {
-        let live = |removed: Option<u64>, round| removed.is_none_or(|at| at >= round);
         let table = key.first().copied().unwrap_or_default();
         if table == Table::Image as u8 {
             self.names(ImageState::decode(&value)?.roots);
         } else if table == Table::ImageGrave as u8 {
             let tail = &key[1..];
             let at = tail.first_chunk::<8>().map(|r| u64::from_be_bytes(*r));
-            if live(at, self.round) {
+            if self.live(at) {
                 self.names(ImageState::decode(&value)?.roots);
             } else {
                 self.purge.images.push(Bytes::copy_from_slice(tail));
@@ -133,7 +143,7 @@ impl Page {
                 ));
             };
             let removed = self.removed(shared, group, SandboxId(*id))?;
-            if !live(removed, self.round) {
+            if !self.live(removed) {
                 return Ok(());
             }
             if table == Table::Turn as u8 {
@@ -143,7 +153,11 @@ impl Page {
                 return Ok(());
             }
             let row = ManifestRow::decode(&value)?;
-            if live(row.removed, self.round) {
+            if self.live(row.removed) {
+                let (without, _) = self.without.as_chunks::<32>();
+                if without.binary_search(&row.id.0).is_ok() {
+                    return Ok(());
+                }
                 let manifest = Manifest::decode(row.manifest).map_err(|e| {
                     let text = format!("the manifest of checkpoint {}: {e}", row.id);
                     Failure::new(ErrorKind::Corruption, text)
@@ -185,6 +199,7 @@ pub(crate) async fn roots(shared: &Arc<Shared>, r: request::GcPage) -> Answer {
             at_cut(shared, r.group, r.round)?;
             let mut page = Page {
                 round: r.round,
+                without: r.without,
                 names: BytesMut::new(),
                 items: 0,
                 purge: op::Purge::default(),
@@ -298,7 +313,7 @@ pub(crate) async fn old(shared: &Arc<Shared>, r: request::GcPage) -> Answer {
                         .map_err(Failure::from)
                         .and_then(|v| Ok(ChunkState::decode(&v)?));
                     match chunk {
-                        Ok(chunk) if chunk.stamp < r.round => {
+                        Ok(chunk) if r.round == 0 || chunk.stamp < r.round => {
                             names.put_slice(&key[1..]);
                             lens.put_u32_le(chunk.len);
                         }

@@ -87,6 +87,9 @@ pub(crate) enum Command {
     /// Make a new sandbox from a checkpoint of another
     #[command(long_about = help::FORK, after_help = help::FORK_AFTER)]
     Fork(ForkArgs),
+    /// The nodes of the store cluster: list, let one join, drain, remove
+    #[command(arg_required_else_help = true, after_help = help::NODE_AFTER)]
+    Node(NodeArgs),
     /// The host daemon, its store, and what does not work on this host
     #[command(after_help = help::STATUS_AFTER)]
     Status,
@@ -101,6 +104,69 @@ pub(crate) enum Command {
     Completions {
         /// The shell the script is for
         shell: clap_complete::Shell,
+    },
+}
+
+/// How to reach the store.
+#[derive(Debug, Args)]
+pub(crate) struct StoreArgs {
+    /// The address of a node of the store; several are tried in turn
+    #[arg(
+        long,
+        global = true,
+        env = "TIDEPOOL_STORE",
+        value_name = "ADDRESS",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:7480"
+    )]
+    pub(crate) store: Vec<std::net::SocketAddr>,
+    /// The directory with an operator's certificate for it
+    #[arg(
+        long,
+        global = true,
+        env = "TIDEPOOL_IDENTITY",
+        value_name = "DIR",
+        default_value = "/etc/tidepool/operator"
+    )]
+    pub(crate) identity: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodeArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    #[command(subcommand)]
+    pub(crate) command: NodeCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// List the nodes, and ask each how it is
+    List,
+    /// Print a token with which new nodes join the cluster
+    Join {
+        /// How long it is valid
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=43200))]
+        minutes: u64,
+        /// How many nodes may join with it
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+        uses: u32,
+    },
+    /// Have a node give its shards away, so that it can be removed
+    Drain {
+        /// The node's number
+        node: u64,
+        /// Let it keep shards again
+        #[arg(long)]
+        undo: bool,
+    },
+    /// Remove a node, for ever: one that is drained, or one that is lost
+    Remove {
+        /// The node's number
+        node: u64,
+        /// It is lost with its data and will not come back: it is removed although it had shards
+        #[arg(long)]
+        dead: bool,
     },
 }
 

@@ -224,3 +224,8 @@ Examples:
   tidepool completions bash > /etc/bash_completion.d/tidepool
   tidepool completions zsh > \"${fpath[1]}/_tidepool\"
   tidepool completions fish > ~/.config/fish/completions/tidepool.fish";
+
+pub(crate) const NODE_AFTER: &str = "\
+Example: a node more, and another one replaced after it was lost:
+  tidepool node --store 10.0.0.1:7480 --identity ./operator join
+  tidepool node --store 10.0.0.1:7480 --identity ./operator remove 2 --dead";

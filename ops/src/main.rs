@@ -79,6 +79,7 @@ async fn dispatch(command: Command, client: &Client, ui: Ui) -> Result<(), Failu
         Command::Restore(args) => commands::restore::restore(args, client, ui).await,
         Command::Rollback(args) => commands::restore::rollback(args, client, ui).await,
         Command::Fork(args) => commands::restore::fork(args, client, ui).await,
+        Command::Node(args) => commands::node::run(args, ui).await,
         Command::Status => commands::status::run(client, ui).await,
         Command::Gc(command) => commands::gc::run(command, ui).await,
         Command::Retention(command) => commands::retention::run(command, ui).await,

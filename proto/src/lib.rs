@@ -8,6 +8,7 @@
 
 pub mod api;
 pub mod body;
+pub mod cluster;
 pub mod codec;
 pub mod error;
 pub mod ids;

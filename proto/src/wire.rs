@@ -17,6 +17,8 @@ use crate::ids::ChunkName;
 
 /// The protocol and its version, negotiated by ALPN.
 pub const ALPN: &[u8] = b"tidepool/1";
+/// The protocol between store nodes and its version.
+pub const PEER_ALPN: &[u8] = b"tidepool-peer/1";
 /// The name in every store node's certificate.
 pub const SERVER_NAME: &str = "tidepool-store";
 /// The most bytes of one message.
@@ -61,7 +63,7 @@ pub enum WireError {
 pub struct Request {
     #[prost(
         oneof = "request::Op",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32"
+        tags = "1, 40, 41, 42, 43, 44, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32"
     )]
     pub op: Option<request::Op>,
 }
@@ -70,10 +72,23 @@ pub struct Request {
 pub mod request {
     use bytes::Bytes;
 
+    pub use crate::cluster::{ChangeNode, IssueToken, Join, Propose, TopologyRequest};
+
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Op {
         #[prost(message, tag = "1")]
         Status(Status),
+        #[prost(message, tag = "40")]
+        Topology(TopologyRequest),
+        #[prost(message, tag = "41")]
+        Join(Join),
+        #[prost(message, tag = "42")]
+        IssueToken(IssueToken),
+        #[prost(message, tag = "43")]
+        ChangeNode(ChangeNode),
+        /// Between nodes only.
+        #[prost(message, tag = "44")]
+        Propose(Propose),
         #[prost(message, tag = "2")]
         Pin(Pin),
         #[prost(message, tag = "3")]
@@ -407,7 +422,7 @@ pub mod request {
 pub struct Response {
     #[prost(
         oneof = "response::Op",
-        tags = "1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
+        tags = "1, 40, 41, 42, 43, 44, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
     )]
     pub op: Option<response::Op>,
 }
@@ -416,10 +431,24 @@ pub struct Response {
 pub mod response {
     use bytes::Bytes;
 
+    pub use crate::cluster::{Joined, NotLeader, Topology};
+
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Op {
         #[prost(message, tag = "1")]
         Error(Error),
+        #[prost(message, tag = "40")]
+        Topology(Topology),
+        /// Ask somebody else.
+        #[prost(message, tag = "41")]
+        NotLeader(NotLeader),
+        #[prost(message, tag = "42")]
+        Joined(Joined),
+        #[prost(string, tag = "43")]
+        Token(String),
+        /// What a proposed command came to: an encoded reply of the store's core.
+        #[prost(bytes = "bytes", tag = "44")]
+        Reply(Bytes),
         #[prost(message, tag = "2")]
         Done(Done),
         #[prost(message, tag = "3")]

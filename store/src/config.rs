@@ -13,7 +13,7 @@ use crate::files;
 
 const FILE: &str = "node.json";
 const FORMAT: u32 = 1;
-/// Shards of a cluster that is made without saying how many.
+/// Shards of a cluster that a node for one process makes without being told how many.
 const DEFAULT_SHARDS: u32 = 4;
 /// The number of the first node.
 const FIRST_NODE: u64 = 1;
@@ -27,6 +27,12 @@ pub struct NodeConfig {
     pub listen: SocketAddr,
     /// Writes are refused when the disk has less left, in bytes.
     pub reserve_bytes: u64,
+    /// Where the other nodes reach this one, where that is not where it listens.
+    pub advertise: Option<SocketAddr>,
+    /// The failure domain of a new cluster's first node; a node that joins says its own then.
+    pub zone: String,
+    /// Shards of a cluster that this node makes; fixed from then on.
+    pub shards: u32,
 }
 
 impl NodeConfig {
@@ -36,6 +42,9 @@ impl NodeConfig {
             data_dir: data_dir.into(),
             listen: ([127, 0, 0, 1], 0).into(),
             reserve_bytes: 64 << 20,
+            advertise: None,
+            zone: String::new(),
+            shards: DEFAULT_SHARDS,
         }
     }
 }
@@ -53,23 +62,37 @@ pub(crate) struct Identity {
 
 impl Identity {
     /// Reads it, or makes a new cluster of this node alone.
-    pub(crate) fn open(data: &Path) -> Result<(Self, ShardMap), StoreError> {
+    pub(crate) fn open(data: &Path, shards: u32) -> Result<(Self, ShardMap), StoreError> {
+        let identity = match Self::read(data)? {
+            Some(identity) => identity,
+            None if crate::join::is_unfinished(data) => {
+                return Err(StoreError::Config(format!(
+                    "{} was to join a cluster and has not finished: join again",
+                    data.display()
+                )));
+            }
+            None => {
+                let cluster = format!("{:032x}", rand::random::<u128>());
+                Self::create(data, cluster, FIRST_NODE, shards)?
+            }
+        };
+        let map = ShardMap::new(identity.shards).filter(|_| identity.node != 0);
+        let map = map.ok_or_else(|| {
+            StoreError::Damaged(format!(
+                "{} has impossible numbers",
+                data.join(FILE).display()
+            ))
+        })?;
+        Ok((identity, map))
+    }
+
+    /// Reads it, if there is one.
+    pub(crate) fn read(data: &Path) -> Result<Option<Self>, StoreError> {
         let path = data.join(FILE);
-        let identity = match fs::read(&path) {
+        let identity: Self = match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|e| StoreError::Damaged(format!("{} is damaged: {e}", path.display())))?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let new = Identity {
-                    format: FORMAT,
-                    cluster: format!("{:032x}", rand::random::<u128>()),
-                    node: FIRST_NODE,
-                    shards: DEFAULT_SHARDS,
-                };
-                let text = serde_json::to_vec_pretty(&new)
-                    .map_err(|e| StoreError::Config(e.to_string()))?;
-                files::write_atomic(&path, &text, 0o600)?;
-                new
-            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(StoreError::io(path, e)),
         };
         if identity.format != FORMAT {
@@ -79,10 +102,44 @@ impl Identity {
                 identity.format
             )));
         }
-        let map = ShardMap::new(identity.shards).filter(|_| identity.node != 0);
-        let map = map.ok_or_else(|| {
-            StoreError::Damaged(format!("{} has impossible numbers", path.display()))
-        })?;
-        Ok((identity, map))
+        Ok(Some(identity))
+    }
+
+    pub(crate) fn exists(data: &Path) -> bool {
+        data.join(FILE).exists()
+    }
+
+    /// Whether this is the node that made the cluster.
+    pub(crate) fn is_first(&self) -> bool {
+        self.node == FIRST_NODE
+    }
+
+    /// Writes what a directory is from now on.
+    pub(crate) fn create(
+        data: &Path,
+        cluster: String,
+        node: u64,
+        shards: u32,
+    ) -> Result<Self, StoreError> {
+        if ShardMap::new(shards).is_none() {
+            return Err(StoreError::Config(format!(
+                "{shards} shards are impossible"
+            )));
+        }
+        let new = Identity {
+            format: FORMAT,
+            cluster,
+            node,
+            shards,
+        };
+        let text =
+            serde_json::to_vec_pretty(&new).map_err(|e| StoreError::Config(e.to_string()))?;
+        files::write_atomic(&data.join(FILE), &text, 0o600)?;
+        Ok(new)
+    }
+
+    /// The node's number where there is one, else that of a first node.
+    pub(crate) fn node_of(data: &Path) -> Result<u64, StoreError> {
+        Ok(Self::read(data)?.map_or(FIRST_NODE, |i| i.node))
     }
 }

@@ -6,8 +6,8 @@
 //! writes meanwhile and goes on answering reads.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -35,9 +35,25 @@ pub(crate) enum DriverError {
     /// Not decided here and now; asking again may help.
     #[error("{0}")]
     Again(&'static str),
+    /// Another node leads the group; 0: nobody known.
+    #[error("group {group} is led elsewhere")]
+    NotLeader { group: u32, leader: u64 },
     /// No room.
     #[error("the store's disk is full")]
     Full,
+}
+
+/// A group's replica on this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct GroupStatus {
+    pub(crate) group: u32,
+    pub(crate) term: u64,
+    /// 0 where it is not known.
+    pub(crate) leader: u64,
+    pub(crate) voters: Vec<u64>,
+    pub(crate) learners: Vec<u64>,
+    pub(crate) applied: u64,
+    pub(crate) committed: u64,
 }
 
 type Answer<T> = oneshot::Sender<Result<T, DriverError>>;
@@ -61,6 +77,7 @@ enum Input {
 #[derive(Clone)]
 pub(crate) struct Handle {
     inputs: Sender<Input>,
+    statuses: Arc<RwLock<Vec<GroupStatus>>>,
 }
 
 impl Handle {
@@ -86,6 +103,12 @@ impl Handle {
         let (answer, result) = oneshot::channel();
         let _ = self.inputs.send(Input::Read { group, answer });
         received(result).await
+    }
+
+    /// The replicas here, as they were a moment ago.
+    pub(crate) fn status(&self) -> Vec<GroupStatus> {
+        let statuses = self.statuses.read().unwrap_or_else(PoisonError::into_inner);
+        statuses.clone()
     }
 
     pub(crate) fn fail(&self, why: DbError) {
@@ -124,6 +147,7 @@ pub(crate) struct Driver {
     /// The last time given to a command: a clock that is set back does not show in the log.
     last_ms: u64,
     counters: Arc<Counters>,
+    statuses: Arc<RwLock<Vec<GroupStatus>>>,
     stopping: bool,
     failure: Option<DbError>,
 }
@@ -137,6 +161,7 @@ impl Driver {
         failed: tokio::sync::watch::Sender<Option<String>>,
     ) -> Result<(Handle, JoinHandle<()>), std::io::Error> {
         let (tx, rx) = channel();
+        let statuses = Arc::new(RwLock::new(Vec::new()));
         let mut driver = Driver {
             db,
             groups,
@@ -146,6 +171,7 @@ impl Driver {
             next_token: 0,
             last_ms: 0,
             counters,
+            statuses: statuses.clone(),
             stopping: false,
             failure: None,
         };
@@ -161,7 +187,11 @@ impl Driver {
                     failed.send_replace(Some(why));
                 }
             })?;
-        Ok((Handle { inputs: tx }, thread))
+        let handle = Handle {
+            inputs: tx,
+            statuses,
+        };
+        Ok((handle, thread))
     }
 
     fn run(&mut self) -> Result<(), StoreError> {
@@ -188,6 +218,11 @@ impl Driver {
             if Instant::now() >= next_tick {
                 next_tick = Instant::now() + TICK;
                 self.groups.iter_mut().for_each(Group::tick);
+                let statuses = self.groups.iter().map(Group::status).collect();
+                *self
+                    .statuses
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner) = statuses;
             }
         }
         // What was taken before the stop is decided before it.
@@ -217,10 +252,7 @@ impl Driver {
                         let number = group.number();
                         self.proposals.insert(token, (number, answer));
                     }
-                    Err(_) => refuse(
-                        answer,
-                        "the group has no leader here yet, or too much to do",
-                    ),
+                    Err(_) => refuse_now(answer, group, "the group has too much to do"),
                 }
             }
             Input::Read { group, answer } => {
@@ -232,7 +264,7 @@ impl Driver {
                     Ok(()) => {
                         self.reads.insert(token, answer);
                     }
-                    Err(_) => refuse(answer, "the group has no leader here yet"),
+                    Err(_) => refuse_now(answer, group, "the group is not ready yet"),
                 }
             }
             Input::Fail(why) => self.failure = Some(why),
@@ -422,6 +454,18 @@ impl Driver {
 
 fn refuse<T>(answer: Answer<T>, why: &'static str) {
     let _ = answer.send(Err(DriverError::Again(why)));
+}
+
+/// Refuses what a group cannot take now: another node may lead it.
+fn refuse_now<T>(answer: Answer<T>, group: &Group, why: &'static str) {
+    if group.is_leader() {
+        return refuse(answer, why);
+    }
+    let status = group.status();
+    let _ = answer.send(Err(DriverError::NotLeader {
+        group: status.group,
+        leader: status.leader,
+    }));
 }
 
 fn stopped(e: DbError) -> StoreError {

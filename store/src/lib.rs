@@ -15,6 +15,7 @@
 //! Elsewhere on purpose: what commands mean (`store/core`), how bodies are named, compressed and sealed (`proto`).
 
 pub mod bodies;
+mod cluster;
 mod config;
 pub mod db;
 mod driver;
@@ -22,11 +23,19 @@ mod error;
 mod files;
 pub mod gc;
 mod holds;
+mod join;
 mod logs;
+mod member;
 mod node;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "a group of one member sends nothing yet")
+)]
+mod peers;
 mod pki;
 pub mod raft;
 mod requests;
+mod roles;
 mod server;
 mod sessions;
 mod space;
@@ -37,6 +46,6 @@ pub use config::NodeConfig;
 pub use error::StoreError;
 pub use holds::{Held, Holds};
 pub use node::Node;
-pub use pki::Role;
+pub use roles::Role;
 pub use stats::NodeStats;
 pub use tidepool_store_client::ClientIdentity;

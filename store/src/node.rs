@@ -1,7 +1,7 @@
 //! A node's life: opened, running, stopped.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use quinn::{Endpoint, TokioRuntime};
 use raft::eraftpb::ConfState;
-use tidepool_store_client::{ClientIdentity, transport};
+use tidepool_proto::wire::PEER_ALPN;
+use tidepool_store_client::{Client, ClientConfig, ClientIdentity, transport};
 use tidepool_store_core::ShardMap;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -22,12 +23,15 @@ use crate::driver::{Driver, Handle};
 use crate::error::StoreError;
 use crate::gc::Collector;
 use crate::holds::Holds;
-use crate::pki::{Pki, Role};
+use crate::member::{self, Member};
+use crate::peers::{PeerInbox, Peers};
+use crate::pki::{self, Pki};
 use crate::raft::{Group, GroupConfig};
 use crate::requests::Shared;
+use crate::roles::Role;
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
-use crate::{gc, logs, server, sessions};
+use crate::{cluster, gc, join, logs, server, sessions};
 
 /// How long a node waits at start until its groups answer.
 const START: Duration = Duration::from_secs(30);
@@ -52,13 +56,22 @@ impl std::fmt::Debug for Node {
 }
 
 impl Node {
-    /// Makes or opens the data directory, and serves. Returns when every group answers. Needs a tokio runtime with more than one thread or
-    /// blocking threads, which runs the node's tasks until [`Node::shutdown`].
+    /// Makes or opens the data directory, and serves. A node that is its whole cluster returns when every group answers, another one at
+    /// once. Needs a tokio runtime with more than one thread or blocking threads, which runs the node's tasks until [`Node::shutdown`].
     pub async fn start(cfg: NodeConfig) -> Result<Node, StoreError> {
-        let data = cfg.data_dir.clone();
-        let (identity, map, pki, db, groups) = tokio::task::spawn_blocking(move || open(&data))
+        let opening = cfg.clone();
+        let opened = tokio::task::spawn_blocking(move || open(&opening))
             .await
             .map_err(|e| StoreError::Stopped(e.to_string()))??;
+        let Opened {
+            identity: me,
+            map,
+            pki,
+            db,
+            groups,
+            seeds,
+        } = opened;
+        let alone = groups.iter().all(Group::is_alone) && !groups.is_empty();
         let counters = Arc::new(Counters::default());
         let (failed_tx, failed) = watch::channel(None);
         let thread = |e| StoreError::io("thread", e);
@@ -67,10 +80,18 @@ impl Node {
         let bodies = Arc::new(RocksBodies::new(db.clone()));
         let (writer, writer_thread) =
             BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
+        let (endpoint, local) = listen(&cfg, &pki)?;
+        let inbox = Arc::new(PeerInbox::new(counters.clone()));
+        let peers = Peers::new(me.node, endpoint.clone(), peer_tls(&pki)?, inbox);
         let shared = Arc::new(Shared {
             db,
             map,
-            cluster: identity.cluster,
+            cluster: me.cluster.clone(),
+            node: me.node,
+            client: own_client(local, &seeds, &pki)?,
+            seeds,
+            pki: pki.clone(),
+            peers,
             driver: driver.clone(),
             bodies,
             writer,
@@ -80,12 +101,17 @@ impl Node {
             collector: Collector::default(),
             counters,
         });
-        let (endpoint, local) = listen(&cfg, &pki)?;
+        let member = Member {
+            addr: cfg.advertise.unwrap_or(local),
+            zone: cfg.zone.clone(),
+            first: me.is_first(),
+        };
         let mut tasks = JoinSet::new();
         tasks.spawn(server::run(endpoint.clone(), shared.clone()));
         tasks.spawn(sessions::expire(shared.clone()));
         tasks.spawn(gc::serve(shared.clone()));
-        let identity = pki.issue(Role::Host)?;
+        tasks.spawn(member::run(shared.clone(), member));
+        let identity = pki.issue(Role::Host, pki::CLIENT)?;
         let node = Node {
             shared,
             driver,
@@ -97,7 +123,7 @@ impl Node {
             identity,
             failed,
         };
-        for group in map.groups() {
+        for group in map.groups().filter(|_| alone) {
             let answer = tokio::time::timeout(START, node.leads(group)).await;
             match answer {
                 Ok(Ok(())) => {}
@@ -111,7 +137,7 @@ impl Node {
                 }
             }
         }
-        tracing::info!(addr = %node.local, "store node is ready");
+        tracing::info!(node = me.node, addr = %node.local, "store node is ready");
         Ok(node)
     }
 
@@ -128,16 +154,30 @@ impl Node {
     }
 
     /// Makes the data directory ready without running: certificates, database, groups. Does nothing where that was done.
-    pub fn init(data_dir: &Path) -> Result<(), StoreError> {
-        let (_, _, _, db, _) = open(data_dir)?;
-        db.flush_all()
+    pub fn init(cfg: &NodeConfig) -> Result<(), StoreError> {
+        let opened = open(cfg)?;
+        opened
+            .db
+            .flush_all()
             .map_err(|e| StoreError::Stopped(e.to_string()))
     }
 
+    /// Makes the data directory that of a new member of the cluster that gave `token`, to be started then. Gives the node's number; on a
+    /// directory that is a member's already, only that.
+    pub async fn join(cfg: &NodeConfig, token: &str) -> Result<u64, StoreError> {
+        let addr = cfg.advertise.unwrap_or(cfg.listen);
+        join::become_member(&cfg.data_dir, token, addr, &cfg.zone).await
+    }
+
     /// Signs a client's certificate with the authority in a data directory, running or not.
-    pub fn issue_client(data_dir: &Path, role: Role) -> Result<ClientIdentity, StoreError> {
+    pub fn issue_client(
+        data_dir: &Path,
+        role: Role,
+        valid: Duration,
+    ) -> Result<ClientIdentity, StoreError> {
         make_dir(data_dir)?;
-        Pki::open(data_dir)?.issue(role)
+        let node = Identity::node_of(data_dir)?;
+        Pki::open(data_dir, node)?.issue(role, valid)
     }
 
     /// Where it listens.
@@ -151,8 +191,8 @@ impl Node {
     }
 
     /// Signs a new client certificate.
-    pub fn issue(&self, role: Role) -> Result<ClientIdentity, StoreError> {
-        self.pki.issue(role)
+    pub fn issue(&self, role: Role, valid: Duration) -> Result<ClientIdentity, StoreError> {
+        self.pki.issue(role, valid)
     }
 
     /// What the node counts.
@@ -173,6 +213,7 @@ impl Node {
     /// Stops: refuses new requests, ends the connections, writes everything to disk, closes the database.
     pub async fn shutdown(mut self) {
         self.endpoint.close(1u32.into(), b"stopping");
+        self.shared.peers.close();
         self.tasks.shutdown().await;
         self.driver.stop();
         let Node {
@@ -194,7 +235,7 @@ impl Node {
     }
 }
 
-fn make_dir(data: &Path) -> Result<(), StoreError> {
+pub(crate) fn make_dir(data: &Path) -> Result<(), StoreError> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -202,14 +243,23 @@ fn make_dir(data: &Path) -> Result<(), StoreError> {
         .map_err(|e| StoreError::io(data, e))
 }
 
-type Opened = (Identity, ShardMap, Pki, Db, Vec<Group>);
+/// What is in a data directory.
+struct Opened {
+    identity: Identity,
+    map: ShardMap,
+    pki: Pki,
+    db: Db,
+    groups: Vec<Group>,
+    seeds: Vec<tidepool_proto::cluster::Node>,
+}
 
-fn open(data: &Path) -> Result<Opened, StoreError> {
+fn open(cfg: &NodeConfig) -> Result<Opened, StoreError> {
+    let data = &cfg.data_dir;
     make_dir(data)?;
     // The database is opened first: its lock keeps a second process out.
     let db = Db::open(&data.join("db"))?;
-    let pki = Pki::open(data)?;
-    let (identity, map) = Identity::open(data)?;
+    let (identity, map) = Identity::open(data, cfg.shards)?;
+    let pki = Pki::open(data, identity.node)?;
     make_groups(&db, &identity, map)?;
     let logger = server::raft_logger();
     let run = rand::random();
@@ -227,7 +277,45 @@ fn open(data: &Path) -> Result<Opened, StoreError> {
             Group::new(cfg, loaded, &logger)
         })
         .collect::<Result<_, _>>()?;
-    Ok((identity, map, pki, db, groups))
+    Ok(Opened {
+        identity,
+        map,
+        pki,
+        db,
+        groups,
+        seeds: cluster::load_seeds(data)?,
+    })
+}
+
+/// How this node connects to others.
+fn peer_tls(pki: &Pki) -> Result<quinn::ClientConfig, StoreError> {
+    let mut tls = tidepool_store_client::tls_config(&pki.node_identity(), PEER_ALPN)
+        .map_err(StoreError::Pki)?;
+    tls.transport_config(transport::peer());
+    Ok(tls)
+}
+
+/// This node as a client, of itself first: it learns the others from itself.
+fn own_client(
+    local: SocketAddr,
+    seeds: &[tidepool_proto::cluster::Node],
+    pki: &Pki,
+) -> Result<Client, StoreError> {
+    let mut own = local;
+    if own.ip().is_unspecified() {
+        own.set_ip(match own {
+            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    let mut addrs = vec![own];
+    addrs.extend(
+        seeds
+            .iter()
+            .filter_map(|n| n.addr.parse::<SocketAddr>().ok()),
+    );
+    Client::new(ClientConfig::new(addrs, pki.node_identity()))
+        .map_err(|e| StoreError::Network(e.to_string()))
 }
 
 /// Makes the groups of a new cluster, all at once, together with the cluster's id, which must be the directory's.
@@ -248,7 +336,7 @@ fn make_groups(db: &Db, identity: &Identity, map: ShardMap) -> Result<(), StoreE
         voters: vec![identity.node],
         ..ConfState::default()
     };
-    for group in map.groups() {
+    for group in map.groups().filter(|_| identity.is_first()) {
         logs::set_members(&mut batch, group, &conf);
     }
     batch.put_raft(CLUSTER, identity.cluster.as_bytes());

@@ -16,7 +16,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::cluster;
+use crate::pki::Caller;
 use crate::requests::{self, Shared};
+use crate::roles::{self, Role};
 
 const MAX_CONNECTIONS: usize = 1024;
 /// Requests being read or worked on, in bytes: 128 MiB, in units of [`UNIT`].
@@ -68,6 +71,27 @@ async fn connection(incoming: Incoming, shared: Arc<Shared>, limits: Arc<Limits>
             return;
         }
     };
+    let refuse = |why: &str| {
+        shared.counters.refuse();
+        tracing::warn!(%peer, %why, "connection refused");
+        connection.close(transport::DENIED.into(), why.as_bytes());
+    };
+    let caller = match Caller::of(&connection) {
+        Ok(caller) => Arc::new(caller),
+        Err(e) => return refuse(&e.to_string()),
+    };
+    if protocol(&connection).as_deref() == Some(wire::PEER_ALPN) {
+        return match cluster::admit(&shared, &caller) {
+            Ok(node) => shared.peers.run(node, connection).await,
+            Err(why) => refuse(&why),
+        };
+    }
+    // A node that was removed is no client either.
+    if caller.role == Role::Store
+        && let Err(why) = cluster::admit(&shared, &caller)
+    {
+        return refuse(&why);
+    }
     // Requests end with their connection: whoever sent them sends them again.
     let mut requests = JoinSet::new();
     loop {
@@ -75,7 +99,8 @@ async fn connection(incoming: Incoming, shared: Arc<Shared>, limits: Arc<Limits>
             Ok((send, recv)) => {
                 while requests.try_join_next().is_some() {}
                 let (shared, limits) = (shared.clone(), limits.clone());
-                requests.spawn(request(connection.clone(), send, recv, shared, limits));
+                let (connection, caller) = (connection.clone(), caller.clone());
+                requests.spawn(request(connection, caller, send, recv, shared, limits));
             }
             Err(e) => {
                 tracing::debug!(%peer, reason = %e, "connection ended");
@@ -85,8 +110,18 @@ async fn connection(incoming: Incoming, shared: Arc<Shared>, limits: Arc<Limits>
     }
 }
 
+/// The protocol that was agreed on.
+fn protocol(connection: &Connection) -> Option<Vec<u8>> {
+    let data = connection.handshake_data()?;
+    let data = data
+        .downcast::<quinn::crypto::rustls::HandshakeData>()
+        .ok()?;
+    data.protocol
+}
+
 async fn request(
     connection: Connection,
+    caller: Arc<Caller>,
     mut send: SendStream,
     mut recv: RecvStream,
     shared: Arc<Shared>,
@@ -96,11 +131,14 @@ async fn request(
     let mut _long = None;
     let answer = match timeout(FRAME, take(&mut recv, &limits)).await {
         Ok(Ok((bytes, _taken))) => match wire::decode::<Request>(bytes) {
+            Ok(Request { op: Some(op) }) if !roles::allowed(caller.role, &op) => {
+                denied(&shared, peer, &caller)
+            }
             Ok(request) => {
                 if requests::is_long(&request) {
                     _long = limits.long.acquire().await.ok();
                 }
-                requests::answer(&shared, request).await
+                requests::answer(&shared, &caller, request).await
             }
             Err(e) => bad(&shared, peer, &e),
         },
@@ -147,6 +185,14 @@ fn bad(shared: &Shared, peer: std::net::SocketAddr, e: &WireError) -> Response {
     shared.counters.refuse();
     tracing::warn!(%peer, error = %e, "a request was refused");
     error(ErrorKind::Invalid, e.to_string(), false)
+}
+
+fn denied(shared: &Shared, peer: std::net::SocketAddr, caller: &Caller) -> Response {
+    shared.counters.refuse();
+    let role = caller.role.name();
+    tracing::warn!(%peer, role, name = %caller.name, "a request was refused: the role may not do this");
+    let text = format!("a certificate of role {role} may not ask for this");
+    error(ErrorKind::Denied, text, false)
 }
 
 pub(crate) fn error(kind: ErrorKind, text: String, again: bool) -> Response {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{Process, chunk, commit, fast, sandbox_id};
+use common::{DAY, Process, chunk, commit, fast, sandbox_id};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tidepool_proto::{ChunkName, Epoch, SessionId, TurnNo};
@@ -105,7 +105,7 @@ async fn verify(client: &Client, acked: &Mutex<Acked>, round: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_acknowledged_survives_sigkill() {
     let dir = tempfile::tempdir().unwrap();
-    let identity = Node::issue_client(dir.path(), Role::Host).unwrap();
+    let identity = Node::issue_client(dir.path(), Role::Host, DAY).unwrap();
     let seed: u64 = rand::random();
     println!("seed {seed}");
     let mut rng = StdRng::seed_from_u64(seed);

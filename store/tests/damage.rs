@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use common::{Process, chunk, client, commit, fast, sandbox_id, session, start};
+use common::{DAY, Process, chunk, client, commit, fast, sandbox_id, session, start};
 use tidepool_proto::{Epoch, ErrorKind};
 use tidepool_store::db::Db;
 use tidepool_store::{Node, NodeConfig, Role};
@@ -192,7 +192,7 @@ fn newest_log(db: &Path) -> PathBuf {
 async fn a_torn_log_opens_and_a_damaged_one_does_not() {
     let dir = tempfile::tempdir().unwrap();
     let db = dir.path().join("db");
-    let identity = Node::issue_client(dir.path(), Role::Host).unwrap();
+    let identity = Node::issue_client(dir.path(), Role::Host, DAY).unwrap();
     let mut store = Process::start(dir.path(), 64);
     let c = Client::connect(fast(store.addr, identity.clone()))
         .await

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Process, chunk, client, commit, fast, sandbox_id, session};
+use common::{DAY, Process, chunk, client, commit, fast, sandbox_id, session};
 use tidepool_proto::manifest::Manifest;
 use tidepool_proto::{Epoch, ErrorKind, SandboxId};
 use tidepool_store::{Node, NodeConfig, Role};
@@ -232,7 +232,7 @@ async fn a_failing_disk_stops_the_node_and_loses_nothing() {
     );
     let disk = small_ext4(&back.0, 600);
     let data = disk.0.join("data");
-    let identity = Node::issue_client(&data, Role::Host).unwrap();
+    let identity = Node::issue_client(&data, Role::Host, DAY).unwrap();
     let mut store = Process::start(&data, 8);
     let c = Client::connect(fast(store.addr, identity.clone()))
         .await

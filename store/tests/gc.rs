@@ -5,10 +5,11 @@ mod common;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{client, key, noise, record, sandbox_id, session, start};
+use common::{client, connect, key, noise, record, sandbox_id, session, start};
 use tidepool_proto::manifest::Manifest;
 use tidepool_proto::turn::Verdict;
 use tidepool_proto::{CheckpointId, ChunkName, Epoch, ErrorKind, SandboxId, TreeId, TurnNo};
+use tidepool_store::Role;
 use tidepool_store::gc::{GcReport, Phase};
 use tidepool_store_client::{Client, Commit, lower_round};
 
@@ -101,6 +102,12 @@ async fn collect(client: &Client, dry: bool) -> GcReport {
 async fn what_nothing_needs_goes_and_all_else_stays() {
     let dir = tempfile::tempdir().unwrap();
     let node = start(dir.path()).await;
+    let operator = connect(
+        node.local_addr(),
+        node.issue(Role::Operator, Duration::from_secs(600))
+            .unwrap(),
+    )
+    .await;
     let client = client(&node).await;
     let id = sandbox_id(1);
     client.create_sandbox(id, "a", vec![]).await.unwrap();
@@ -134,14 +141,14 @@ async fn what_nothing_needs_goes_and_all_else_stays() {
     upload(&client, 3, leaves(100..110)).await;
     let before = node.stats();
 
-    let dry = collect(&client, true).await;
+    let dry = collect(&operator, true).await;
     assert_eq!((dry.phase, dry.error.as_deref()), (Phase::Done, None));
     assert_eq!(
         (dry.roots, dry.nodes, dry.garbage, dry.swept),
         (3, 9, 10, 0)
     );
     assert_eq!(node.stats().chunks, before.chunks);
-    let first = collect(&client, false).await;
+    let first = collect(&operator, false).await;
     assert!(first.round > dry.round);
     assert_eq!((first.garbage, first.swept), (10, 10));
     assert_eq!(first.swept_bytes, dry.garbage_bytes);
@@ -149,12 +156,12 @@ async fn what_nothing_needs_goes_and_all_else_stays() {
 
     // The older checkpoint goes: what only it needs are ten leaves and three nodes.
     let changes = client.sandbox(id).await.unwrap().unwrap().changes;
-    client
+    operator
         .remove_checkpoints(id, changes, &ids[..1])
         .await
         .unwrap();
     assert_eq!(client.manifests(id).await.unwrap().len(), 1);
-    let second = collect(&client, false).await;
+    let second = collect(&operator, false).await;
     assert_eq!((second.phase, second.swept), (Phase::Done, 13));
     let live: Vec<ChunkName> = image_chunks
         .iter()
@@ -173,7 +180,7 @@ async fn what_nothing_needs_goes_and_all_else_stays() {
     client.remove_sandbox(id, Epoch(1)).await.unwrap();
     assert!(client.manifests(id).await.unwrap().is_empty());
     client.remove_image("image").await.unwrap();
-    let last = collect(&client, false).await;
+    let last = collect(&operator, false).await;
     assert_eq!((last.roots, last.phase), (0, Phase::Done));
     assert_eq!(node.stats().chunks, 0);
     assert_eq!(node.stats().chunk_bytes, 0);
@@ -196,6 +203,12 @@ async fn what_nothing_needs_goes_and_all_else_stays() {
 async fn a_mark_that_misses_a_chunk_takes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let node = start(dir.path()).await;
+    let operator = connect(
+        node.local_addr(),
+        node.issue(Role::Operator, Duration::from_secs(600))
+            .unwrap(),
+    )
+    .await;
     let client = client(&node).await;
     let id = sandbox_id(1);
     client.create_sandbox(id, "a", vec![]).await.unwrap();
@@ -215,7 +228,7 @@ async fn a_mark_that_misses_a_chunk_takes_nothing() {
     );
     client.commit(commit).await.unwrap();
     let before = node.stats().chunks;
-    let report = collect(&client, false).await;
+    let report = collect(&operator, false).await;
     assert_eq!((report.phase, report.swept), (Phase::Failed, 0));
     let why = report.error.unwrap();
     assert!(why.contains(&lost.to_string()), "{why}");
@@ -227,6 +240,12 @@ async fn a_mark_that_misses_a_chunk_takes_nothing() {
 async fn an_upload_that_a_collection_overtook_is_told_and_made_good() {
     let dir = tempfile::tempdir().unwrap();
     let node = start(dir.path()).await;
+    let operator = connect(
+        node.local_addr(),
+        node.issue(Role::Operator, Duration::from_secs(600))
+            .unwrap(),
+    )
+    .await;
     let client = client(&node).await;
     let (a, b) = (sandbox_id(1), sandbox_id(2));
     client.create_sandbox(a, "a", vec![]).await.unwrap();
@@ -240,7 +259,7 @@ async fn an_upload_that_a_collection_overtook_is_told_and_made_good() {
         parent,
     };
     let round = upload(&client, 1, chunks.clone()).await;
-    let report = collect(&client, false).await;
+    let report = collect(&operator, false).await;
     assert_eq!((report.interrupted, report.swept), (1, chunks.len() as u64));
     let (_, late) = commit(&turn(a, None), round);
     let e = client.commit(late).await.unwrap_err();
@@ -256,7 +275,7 @@ async fn an_upload_that_a_collection_overtook_is_told_and_made_good() {
 
     // A fork that read a checkpoint before a round and commits after its cut is refused, for the checkpoint may be gone by then.
     let (_, read) = client.manifest_at(a, first).await.unwrap();
-    let report = collect(&client, false).await;
+    let report = collect(&operator, false).await;
     assert_eq!((report.interrupted, report.swept), (0, 0));
     let (_, fork) = commit(&turn(b, Some(first)), read);
     assert!(client.commit(fork).await.unwrap_err().upload_again());
@@ -266,7 +285,7 @@ async fn an_upload_that_a_collection_overtook_is_told_and_made_good() {
     let (_, fork) = commit(&turn(b, Some(first)), read);
     client.commit(fork).await.unwrap();
     for _ in 0..2 {
-        assert_eq!(collect(&client, false).await.phase, Phase::Done);
+        assert_eq!(collect(&operator, false).await.phase, Phase::Done);
     }
     client.get(&names).await.unwrap();
     node.shutdown().await;

@@ -3,6 +3,7 @@
 pub(crate) mod checkpoint;
 pub(crate) mod gc;
 pub(crate) mod image;
+pub(crate) mod node;
 pub(crate) mod restore;
 pub(crate) mod retention;
 pub(crate) mod sandbox;

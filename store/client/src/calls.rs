@@ -23,25 +23,8 @@ fn found<T>(result: Result<T, ClientError>) -> Result<Option<T>, ClientError> {
 impl Client {
     /// How the node is that this client talks to.
     pub async fn status(&self) -> Result<StoreStatus, ClientError> {
-        match self
-            .link
-            .call(request::Op::Status(request::Status {}))
-            .await?
-        {
-            response::Op::Status(s) => Ok(StoreStatus {
-                chunks: s.chunks,
-                chunk_bytes: s.chunk_bytes,
-                ready: s.ready,
-                full: s.full,
-                free_bytes: s.free_bytes,
-                corruptions: s.corruptions,
-                refused: s.refused,
-                version: s.version,
-                cluster: s.cluster,
-                shards: s.shards,
-            }),
-            _ => Err(ClientError::unexpected()),
-        }
+        let op = request::Op::Status(request::Status {});
+        crate::types::status(self.link.call(op).await?)
     }
 
     /// Creates a sandbox with epoch 1. A taken name is a conflict.

@@ -1,13 +1,13 @@
-//! Chunks: sessions, and bodies in and out. Large calls are split into requests that are under way together.
+//! Chunks: sessions, and bodies in (out: [`crate::reads`]). Large calls are split into requests that are under way together.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::future::Future;
 
 use bytes::Bytes;
-use tidepool_proto::body::{MAX_BODY_LEN, check};
+use tidepool_proto::body::MAX_BODY_LEN;
 use tidepool_proto::wire::{
     MAX_NAMES, MAX_PUT_BODIES, MAX_PUT_BYTES, join_bodies, join_names, request, response,
-    split_bodies, split_names,
+    split_names,
 };
 use tidepool_proto::{ChunkName, ErrorKind, SessionId};
 use tokio::task::JoinSet;
@@ -17,8 +17,6 @@ use crate::{Client, ClientError, Pinned, PutStats};
 
 /// Requests with bodies that one call has under way.
 const AT_ONCE: usize = 4;
-/// Names asked for in one request: more than fit one answer, so that answers are full.
-const GET_NAMES: usize = 512;
 
 impl Client {
     /// Pins names for a session, which opens with its first call and lives on with each: whatever rests on the round in the answer is either committed before
@@ -127,62 +125,20 @@ impl Client {
         self.done(op).await
     }
 
-    /// Reads bodies, in the order of `names`, their checksums verified. All are in memory at once: ask for no more than that has room for.
-    pub async fn get(&self, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientError> {
-        let wanted = unique(names);
-        let parts = wanted.chunks(GET_NAMES).map(|part| {
-            let (client, part) = (self.clone(), part.to_vec());
-            async move { client.get_part(&part).await }
-        });
-        let mut found: HashMap<ChunkName, Bytes> = HashMap::with_capacity(wanted.len());
-        for (i, bodies) in together(parts).await? {
-            found.extend(wanted[i * GET_NAMES..].iter().copied().zip(bodies));
-        }
-        names
-            .iter()
-            .map(|n| found.get(n).cloned().ok_or_else(ClientError::unexpected))
-            .collect()
-    }
-
-    async fn get_part(&self, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientError> {
-        let mut bodies: Vec<Bytes> = Vec::with_capacity(names.len());
-        while bodies.len() < names.len() {
-            let op = request::Op::Get(request::Get {
-                names: join_names(&names[bodies.len()..]),
-            });
-            let answer = match self.link.call(op).await? {
-                response::Op::Bodies(b) => split_bodies(&b.lens, b.bodies)?,
-                _ => return Err(ClientError::unexpected()),
-            };
-            if answer.is_empty() || answer.len() > names.len() - bodies.len() {
-                return Err(ClientError::unexpected());
-            }
-            for body in answer {
-                if let Err(e) = check(&body) {
-                    let name = names[bodies.len()];
-                    return Err(ClientError::new(
-                        ErrorKind::Corruption,
-                        format!("chunk {name} arrived damaged: {e}"),
-                    ));
-                }
-                bodies.push(body);
-            }
-        }
-        Ok(bodies)
-    }
-
     fn ttl_ms(&self) -> u64 {
         u64::try_from(self.link.cfg.session_ttl.as_millis()).unwrap_or(u64::MAX)
     }
 }
 
-fn unique(names: &[ChunkName]) -> Vec<ChunkName> {
+pub(crate) fn unique(names: &[ChunkName]) -> Vec<ChunkName> {
     let mut seen = HashSet::with_capacity(names.len());
     names.iter().copied().filter(|n| seen.insert(*n)).collect()
 }
 
 /// Runs futures, a few at once, and gives their results with their positions. The first error ends them all.
-async fn together<T, F>(parts: impl Iterator<Item = F>) -> Result<Vec<(usize, T)>, ClientError>
+pub(crate) async fn together<T, F>(
+    parts: impl Iterator<Item = F>,
+) -> Result<Vec<(usize, T)>, ClientError>
 where
     T: Send + 'static,
     F: Future<Output = Result<T, ClientError>> + Send + 'static,

@@ -19,6 +19,8 @@ pub struct ClientConfig {
     pub deadline: Duration,
     /// How long a session lives after its last call.
     pub session_ttl: Duration,
+    /// The failure domain of this client: nodes of the same one are read from first.
+    pub zone: Option<String>,
 }
 
 impl ClientConfig {
@@ -30,6 +32,7 @@ impl ClientConfig {
             identity,
             deadline: Duration::from_secs(30),
             session_ttl: Duration::from_secs(15 * 60),
+            zone: None,
         }
     }
 }

@@ -1,5 +1,8 @@
 //! The client of a store cluster: QUIC with mutual TLS, every request idempotent and sent again until it is answered or its time is over.
 //!
+//! A client needs one address and learns the others: it sends what changes a group to the node that leads it, reads chunks from the nearest
+//! node that has them and, where one fails or has them damaged, from the next.
+//!
 //! Nothing here knows how a node keeps what it is given. Bodies are checked against their checksums on arrival; whether
 //! they are what a name stands for only the holder of the domain's key can tell ([`tidepool_proto::DomainKey::open`]).
 //!
@@ -12,13 +15,21 @@ mod error;
 pub mod frame;
 mod identity;
 mod link;
+mod nodes;
+mod pool;
+mod reads;
 mod retention;
+mod route;
+mod split;
+mod topology;
 pub mod transport;
 mod types;
 
 pub use config::ClientConfig;
 pub use error::ClientError;
 pub use identity::{ClientIdentity, IdentityError};
+pub use nodes::NodeStatus;
+pub use pool::tls_config;
 pub use types::{Commit, Pinned, PutStats, SandboxRecord, StoreStatus, lower_round};
 
 use std::sync::Arc;
@@ -38,12 +49,19 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// Connects, and asks one node for its status, so that a wrong address or certificate is known at once. Needs a tokio runtime.
-    pub async fn connect(cfg: ClientConfig) -> Result<Client, ClientError> {
-        let client = Client {
+    /// A client that connects with its first call. Needs a tokio runtime.
+    pub fn new(cfg: ClientConfig) -> Result<Client, ClientError> {
+        Ok(Client {
             link: Arc::new(link::Link::new(cfg)?),
-        };
+        })
+    }
+
+    /// Connects, and asks one node for its status and what it knows of the others, so that a wrong address or certificate is known at once. Needs a tokio runtime.
+    pub async fn connect(cfg: ClientConfig) -> Result<Client, ClientError> {
+        let client = Client::new(cfg)?;
         client.status().await?;
+        let soon = tokio::time::Instant::now() + client.link.cfg.deadline;
+        client.link.refresh(soon).await;
         Ok(client)
     }
 }

@@ -1,75 +1,75 @@
-//! One connection, made again when it breaks, and requests sent again until their time is over.
+//! Requests sent until they are answered or their time is over: to the leader of their group, as far as it is known, to whom a
+//! node names instead, and where nobody answers to the next one.
 //!
 //! Sending again is always safe: every request is idempotent. Errors that will not go away (a refused certificate, a wrong
 //! request, a full disk) end the call at once.
+//!
+//! A store of one node is the case where there is nobody else: then nothing is given up but by the connection's own time-out.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{Connection, ConnectionError, Endpoint, TokioRuntime};
 use tidepool_proto::ErrorKind;
-use tidepool_proto::wire::{self, Request, Response, request, response};
+use tidepool_proto::wire::{self, Request, request, response};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
+use crate::ClientConfig;
 use crate::error::ClientError;
-use crate::frame::{self, FrameError};
-use crate::{ClientConfig, transport};
+use crate::pool::{Attempt, Pool};
+use crate::route::{self, Route};
+use crate::topology::Map;
 
 const MAX_IN_FLIGHT: usize = 48;
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
-/// A node that does not even shake hands in this time is not there.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Redirections that are followed at once; after them a call waits as after a failure.
+const REDIRECTS: u32 = 4;
+/// How long one node of several may take over one attempt, and more for each MiB of the request.
+const ATTEMPT: Duration = Duration::from_secs(6);
+const ATTEMPT_PER_MIB: Duration = Duration::from_secs(1);
+/// How long an answer to the question for the map may take.
+const ASK: Duration = Duration::from_secs(3);
+/// A node that did not answer is read from last for this long.
+const SUSPECT: Duration = Duration::from_secs(5);
+/// Nodes whose round trips differ by less are equally near.
+const NEAR: Duration = Duration::from_millis(2);
+/// A map this young is not asked for again.
+const MAP_AGE: Duration = Duration::from_millis(250);
 
 pub(crate) struct Link {
-    endpoint: Endpoint,
-    tls: quinn::ClientConfig,
+    pool: Pool,
     pub(crate) cfg: ClientConfig,
-    current: Mutex<Current>,
+    map: RwLock<Option<Arc<Map>>>,
+    /// When the map was last asked for; one caller asks at a time.
+    asked: Mutex<Option<Instant>>,
+    /// The address that answered last among those that any request may go to.
+    sticky: std::sync::atomic::AtomicUsize,
+    /// Nodes that did not answer, and when.
+    suspects: std::sync::Mutex<HashMap<u64, Instant>>,
     in_flight: Semaphore,
 }
 
-#[derive(Default)]
-struct Current {
-    connection: Option<Connection>,
-    /// Which address to try next.
-    next: usize,
-}
-
-/// Why an attempt failed.
-enum Attempt {
-    /// Another may succeed.
-    Again(ClientError),
-    /// None will.
-    Over(ClientError),
+/// What a call has tried so far.
+struct Tries {
+    attempts: u32,
+    redirects: u32,
+    /// Nodes or addresses that did not help since the last wait.
+    tried: HashSet<SocketAddr>,
 }
 
 impl Link {
     pub(crate) fn new(cfg: ClientConfig) -> Result<Self, ClientError> {
-        let invalid = |text: String| ClientError::new(ErrorKind::Invalid, text);
-        let Some(first) = cfg.addrs.first() else {
-            return Err(invalid("no store address is given".into()));
-        };
-        let any: SocketAddr = if first.is_ipv4() {
-            (Ipv4Addr::UNSPECIFIED, 0).into()
-        } else {
-            (Ipv6Addr::UNSPECIFIED, 0).into()
-        };
-        let failed =
-            |e: std::io::Error| ClientError::new(ErrorKind::Failed, format!("UDP socket: {e}"));
-        let socket = transport::socket(any).map_err(failed)?;
-        let endpoint = Endpoint::new(transport::endpoint(), None, socket, Arc::new(TokioRuntime))
-            .map_err(failed)?;
-        let tls = tls(&cfg).map_err(invalid)?;
         Ok(Self {
-            endpoint,
-            tls,
+            pool: Pool::new(&cfg)?,
             cfg,
-            current: Mutex::default(),
+            map: RwLock::default(),
+            asked: Mutex::default(),
+            sticky: Default::default(),
+            suspects: Default::default(),
             in_flight: Semaphore::new(MAX_IN_FLIGHT),
         })
     }
@@ -78,22 +78,98 @@ impl Link {
         &self.cfg.addrs
     }
 
-    /// Sends a request until it is answered.
+    pub(crate) fn map(&self) -> Option<Arc<Map>> {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        map.clone()
+    }
+
+    fn change_map(&self, f: impl FnOnce(&mut Map) -> bool) -> bool {
+        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        map.as_mut().is_none_or(|m| f(Arc::make_mut(m)))
+    }
+
+    /// Sends a request where it belongs until it is answered.
     pub(crate) async fn call(&self, op: request::Op) -> Result<response::Op, ClientError> {
+        match op {
+            request::Op::Pin(_) | request::Op::Put(_) => self.call_split(op).await,
+            op => {
+                let route = self.map().map_or(Route::Any, |m| route::of(&op, m.shards));
+                self.send(op, route, self.deadline()).await
+            }
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        Instant::now() + self.cfg.deadline
+    }
+
+    /// Sends a request along a route until it is answered or `deadline`.
+    pub(crate) async fn send(
+        &self,
+        op: request::Op,
+        route: Route,
+        deadline: Instant,
+    ) -> Result<response::Op, ClientError> {
+        self.send_or_moved(op, route, deadline, false)
+            .await
+            .map(|done| done.unwrap_or_else(response::Op::NotLeader))
+    }
+
+    /// The same. With `once` a node's word that it does not lead a group is given back (and noted), so that a request for several groups
+    /// can be split anew.
+    pub(crate) async fn send_or_moved(
+        &self,
+        op: request::Op,
+        route: Route,
+        deadline: Instant,
+        once: bool,
+    ) -> Result<Result<response::Op, response::NotLeader>, ClientError> {
         let frame = wire::frame(&Request::from(op))?;
-        let deadline = Instant::now() + self.cfg.deadline;
         let mut last = ClientError::new(ErrorKind::Unavailable, "the store did not answer in time");
         let mut wait = FIRST_WAIT;
-        let mut attempts = 0;
+        let mut tries = Tries {
+            attempts: 0,
+            redirects: 0,
+            tried: HashSet::new(),
+        };
         loop {
-            attempts += 1;
-            match timeout_at(deadline, self.attempt(&frame)).await {
-                Ok(Ok(op)) => return Ok(op),
-                Ok(Err(Attempt::Over(e))) => return Err(e.sent(attempts)),
+            let addr = self.choose(route, &tries);
+            tries.attempts += 1;
+            match timeout_at(deadline, self.attempt(addr, &frame)).await {
+                Ok(Ok(response::Op::NotLeader(moved))) => {
+                    last = ClientError::new(
+                        ErrorKind::Unavailable,
+                        format!("group {} has no leader that answers", moved.group),
+                    );
+                    let known = self.change_map(|m| m.set_leader(moved.group, moved.leader));
+                    if !known {
+                        self.refresh(deadline).await;
+                    }
+                    if once {
+                        return Ok(Err(moved));
+                    }
+                    if moved.leader == 0 {
+                        tries.tried.insert(addr);
+                    } else {
+                        tries.redirects += 1;
+                        if tries.redirects <= REDIRECTS {
+                            continue;
+                        }
+                        tries.redirects = 0;
+                    }
+                }
+                Ok(Ok(op)) => return Ok(Ok(op)),
+                Ok(Err(Attempt::Over(e))) => return Err(e.sent(tries.attempts)),
                 Ok(Err(Attempt::Again(e))) => last = e,
+                Ok(Err(Attempt::Lost(e))) => {
+                    last = e;
+                    self.lost(addr);
+                    tries.tried.insert(addr);
+                    self.refresh(deadline).await;
+                }
                 Err(_) => return Err(last),
             }
-            tracing::debug!(error = %last, attempts, "store request failed, trying again");
+            tracing::debug!(%addr, error = %last, attempts = tries.attempts, "store request failed, trying again");
             if timeout_at(deadline, tokio::time::sleep(wait))
                 .await
                 .is_err()
@@ -104,160 +180,170 @@ impl Link {
         }
     }
 
-    async fn attempt(&self, frame: &Bytes) -> Result<response::Op, Attempt> {
+    /// Sends a request to one node, once.
+    pub(crate) async fn once(
+        &self,
+        node: u64,
+        op: request::Op,
+    ) -> Result<response::Op, ClientError> {
+        let gone = || ClientError::new(ErrorKind::Unavailable, format!("there is no node {node}"));
+        let addr = self.map().and_then(|m| m.addr(node)).ok_or_else(gone)?;
+        let frame = wire::frame(&Request::from(op))?;
+        match self.attempt(addr, &frame).await {
+            Ok(op) => Ok(op),
+            Err(Attempt::Lost(e)) => {
+                self.lost(addr);
+                Err(e)
+            }
+            Err(Attempt::Over(e) | Attempt::Again(e)) => Err(e),
+        }
+    }
+
+    /// Who to read a group's chunks from, the best first: not lately lost, of the same zone, near; equals by turns.
+    pub(crate) fn readers(&self, map: &Map, group: u32) -> Vec<u64> {
+        let suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost = |n: &u64| suspects.get(n).is_some_and(|at| at.elapsed() < SUSPECT);
+        let far = |n: &u64| {
+            let rtt = map.addr(*n).and_then(|a| self.pool.rtt(a));
+            rtt.map_or(0, |rtt| rtt.as_micros() / NEAR.as_micros())
+        };
+        let other = |n: &u64| self.cfg.zone.as_deref().is_some_and(|z| z != map.zone(*n));
+        let mut members: Vec<u64> = map.members(group).to_vec();
+        members.retain(|n| map.addr(*n).is_some());
+        if !members.is_empty() {
+            let turn = group as usize % members.len();
+            members.rotate_left(turn);
+        }
+        members.sort_by_cached_key(|n| (lost(n), other(n), far(n)));
+        members
+    }
+
+    /// The address to try next: the leader, else a member that was not tried yet, else any.
+    fn choose(&self, route: Route, tries: &Tries) -> SocketAddr {
+        let fresh = |addr: &SocketAddr| !tries.tried.contains(addr);
+        if let Some(map) = self.map() {
+            let found = match route {
+                Route::Leader(group) => map
+                    .leader(group)
+                    .and_then(|l| map.addr(l))
+                    .filter(|a| fresh(a) || tries.attempts % 4 == 3)
+                    .or_else(|| {
+                        let mut members = map.members(group).iter().filter_map(|m| map.addr(*m));
+                        members.find(fresh)
+                    })
+                    .or_else(|| map.nodes().filter_map(|n| map.addr(n)).find(fresh)),
+                Route::Any => None,
+            };
+            if let Some(addr) = found {
+                return addr;
+            }
+        }
+        let known = self.known();
+        let start = self.sticky.load(std::sync::atomic::Ordering::Relaxed);
+        let at = |i: usize| known[(start + i) % known.len()];
+        let next = (0..known.len()).map(at).find(fresh);
+        // All were tried: round and round.
+        next.unwrap_or_else(|| at(tries.attempts as usize))
+    }
+
+    /// Every address there is: those given, and those of the map.
+    fn known(&self) -> Vec<SocketAddr> {
+        let mut known = self.cfg.addrs.clone();
+        if let Some(map) = self.map() {
+            for addr in map.nodes().filter_map(|n| map.addr(n)) {
+                if !known.contains(&addr) {
+                    known.push(addr);
+                }
+            }
+        }
+        known
+    }
+
+    fn is_many(&self) -> bool {
+        self.cfg.addrs.len() > 1 || self.map().is_some_and(|m| !m.is_alone())
+    }
+
+    async fn attempt(&self, addr: SocketAddr, frame: &Bytes) -> Result<response::Op, Attempt> {
         let _permit = self.in_flight.acquire().await.map_err(|_| {
             Attempt::Over(ClientError::new(
                 ErrorKind::Unavailable,
                 "the client is closed",
             ))
         })?;
-        let connection = self.connection().await?;
-        let answer = exchange(&connection, frame.clone()).await;
-        if let Err(Attempt::Again(_)) = &answer {
-            self.drop_if_closed(&connection).await;
+        let many = self.is_many();
+        let exchange = self.pool.exchange(addr, frame.clone(), many);
+        if !many {
+            return exchange.await;
         }
-        answer
+        let limit = ATTEMPT + ATTEMPT_PER_MIB * (frame.len() >> 20) as u32;
+        match tokio::time::timeout(limit, exchange).await {
+            Ok(result) => result,
+            Err(_) => Err(Attempt::Lost(ClientError::new(
+                ErrorKind::Unavailable,
+                format!("{addr} does not answer in time"),
+            ))),
+        }
     }
 
-    async fn drop_if_closed(&self, connection: &Connection) {
-        if connection.close_reason().is_none() {
+    /// A node does not answer: what it led is led by somebody else soon.
+    fn lost(&self, addr: SocketAddr) {
+        if let Some(node) = self.map().and_then(|m| m.node_at(addr)) {
+            self.change_map(|m| {
+                m.lost(node);
+                true
+            });
+            let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+            suspects.insert(node, Instant::now());
+        }
+        let count = self.cfg.addrs.len();
+        let now = self.sticky.load(std::sync::atomic::Ordering::Relaxed);
+        if self.cfg.addrs[now % count] == addr {
+            self.sticky
+                .store((now + 1) % count, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    /// Asks for a new map, of whoever answers first. Without one the old one stays.
+    pub(crate) async fn refresh(&self, deadline: Instant) {
+        let Ok(mut asked) = timeout_at(deadline, self.asked.lock()).await else {
+            return;
+        };
+        if asked.is_some_and(|at| at.elapsed() < MAP_AGE) {
             return;
         }
-        let mut current = self.current.lock().await;
-        if current
-            .connection
-            .as_ref()
-            .is_some_and(|c| c.stable_id() == connection.stable_id())
-        {
-            current.connection = None;
-        }
-    }
-
-    /// The connection, or a new one. Callers that come meanwhile wait for the same.
-    async fn connection(&self) -> Result<Connection, Attempt> {
-        let mut current = self.current.lock().await;
-        if let Some(connection) = &current.connection
-            && connection.close_reason().is_none()
-        {
-            return Ok(connection.clone());
-        }
-        let addr = self.cfg.addrs[current.next % self.cfg.addrs.len()];
-        current.next = current.next.wrapping_add(1);
-        let connecting = self
-            .endpoint
-            .connect_with(self.tls.clone(), addr, &self.cfg.server_name)
-            .map_err(|e| {
-                Attempt::Over(ClientError::new(
-                    ErrorKind::Invalid,
-                    format!("connecting to {addr}: {e}"),
-                ))
-            })?;
-        let connection = match tokio::time::timeout(HANDSHAKE, connecting).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(e)) => return Err(connection_failed(&e)),
-            Err(_) => {
-                return Err(Attempt::Again(ClientError::new(
-                    ErrorKind::Unavailable,
-                    format!("{addr} does not answer"),
-                )));
-            }
+        let frame = Request::from(request::Op::Topology(request::TopologyRequest {}));
+        let Ok(frame) = wire::frame(&frame) else {
+            return;
         };
-        current.connection = Some(connection.clone());
-        Ok(connection)
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        self.endpoint.close(0u32.into(), b"done");
-    }
-}
-
-async fn exchange(connection: &Connection, frame: Bytes) -> Result<response::Op, Attempt> {
-    let (mut send, mut recv) = connection
-        .open_bi()
-        .await
-        .map_err(|e| connection_failed(&e))?;
-    let _ = send.set_priority(transport::priority(frame.len()));
-    // The node may answer (and stop reading) before it has read all: its answer is what counts.
-    let sent = send.write_chunk(frame).await;
-    let _ = send.finish();
-    let bytes = match frame::read(&mut recv).await {
-        Ok(bytes) => bytes,
-        Err(FrameError::Read(quinn::ReadError::ConnectionLost(e))) => {
-            return Err(connection_failed(&e));
+        let many = self.is_many();
+        let limit = deadline.min(Instant::now() + ASK);
+        let known = self.known();
+        let start = self.sticky.load(std::sync::atomic::Ordering::Relaxed);
+        for i in 0..known.len() {
+            let addr = known[(start + i) % known.len()];
+            let exchange = self.pool.exchange(addr, frame.clone(), many);
+            let each = limit.min(Instant::now() + ASK / 2);
+            let answer = timeout_at(each, exchange).await;
+            match answer {
+                Ok(Ok(response::Op::Topology(t))) => {
+                    if let Some(mut new) = Map::read(&t, addr) {
+                        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+                        if let Some(old) = &*map {
+                            new.keep_leaders(old);
+                        }
+                        *map = Some(Arc::new(new));
+                    }
+                    break;
+                }
+                // An older node does not know the question, and is alone.
+                Ok(Ok(_) | Err(Attempt::Over(_))) => break,
+                Ok(Err(Attempt::Again(_) | Attempt::Lost(_))) | Err(_) => {
+                    if Instant::now() >= limit {
+                        break;
+                    }
+                }
+            }
         }
-        Err(e) => {
-            let why = match sent {
-                Err(sent) => format!("{e}; {sent}"),
-                Ok(()) => e.to_string(),
-            };
-            return Err(Attempt::Again(ClientError::new(
-                ErrorKind::Unavailable,
-                format!("the store's answer broke off: {why}"),
-            )));
-        }
-    };
-    let response: Response = wire::decode(bytes).map_err(|e| Attempt::Over(e.into()))?;
-    match response.op {
-        Some(response::Op::Error(e)) => {
-            let error =
-                ClientError::new(wire::kind_of(e.kind), e.text).with_upload_again(e.upload_again);
-            Err(if e.again {
-                Attempt::Again(error)
-            } else {
-                Attempt::Over(error)
-            })
-        }
-        Some(op) => Ok(op),
-        None => Err(Attempt::Over(ClientError::unexpected())),
+        *asked = Some(Instant::now());
     }
-}
-
-/// What a broken connection means: a refused certificate stays refused, all else may pass.
-fn connection_failed(e: &ConnectionError) -> Attempt {
-    let code = match e {
-        ConnectionError::TransportError(e) => Some(u64::from(e.code)),
-        ConnectionError::ConnectionClosed(c) => Some(u64::from(c.error_code)),
-        ConnectionError::VersionMismatch => {
-            return Attempt::Over(ClientError::new(
-                ErrorKind::Failed,
-                "the node speaks another version of QUIC",
-            ));
-        }
-        _ => None,
-    };
-    // TLS alerts are transport errors 0x100 to 0x1ff.
-    if code.is_some_and(|c| (0x100..0x200).contains(&c)) {
-        return Attempt::Over(ClientError::new(
-            ErrorKind::Denied,
-            format!("the store and this client do not trust each other: {e}"),
-        ));
-    }
-    Attempt::Again(ClientError::new(
-        ErrorKind::Unavailable,
-        format!("connection to the store: {e}"),
-    ))
-}
-
-fn tls(cfg: &ClientConfig) -> Result<quinn::ClientConfig, String> {
-    let identity = cfg.identity.parse().map_err(|e| e.to_string())?;
-    let mut roots = rustls::RootCertStore::empty();
-    for ca in identity.ca {
-        roots
-            .add(ca)
-            .map_err(|e| format!("the authority's certificate: {e}"))?;
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| e.to_string())?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(identity.cert, identity.key)
-        .map_err(|e| format!("the client's certificate: {e}"))?;
-    tls.alpn_protocols = vec![wire::ALPN.to_vec()];
-    let quic = QuicClientConfig::try_from(tls).map_err(|e| e.to_string())?;
-    let mut config = quinn::ClientConfig::new(Arc::new(quic));
-    config.transport_config(transport::connection(transport::all_loopback(&cfg.addrs)));
-    Ok(config)
 }

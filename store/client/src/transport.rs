@@ -17,6 +17,9 @@ const MTU: u16 = 6000;
 /// The most streams a peer may have open on one connection.
 pub const MAX_STREAMS: u32 = 64;
 
+/// The code with which a node closes a connection whose certificate may not be here.
+pub const DENIED: u32 = 3;
+
 const STREAM_WINDOW: u32 = 512 << 10;
 const CONNECTION_WINDOW: u32 = (MAX_STREAMS + 16) * STREAM_WINDOW;
 /// Messages longer than this are bulk: they go after short ones.
@@ -43,6 +46,26 @@ pub fn connection(loopback: bool) -> Arc<TransportConfig> {
     if loopback {
         config.initial_rtt(Duration::from_millis(1));
     }
+    Arc::new(config)
+}
+
+/// Settings of a connection between nodes: one that is gone is noticed sooner, and more may be under way.
+pub fn peer() -> Arc<TransportConfig> {
+    let mut config = TransportConfig::default();
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(MTU);
+    config
+        .initial_mtu(1200)
+        .mtu_discovery_config(Some(discovery))
+        .max_concurrent_bidi_streams(VarInt::from_u32(MAX_STREAMS))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .datagram_receive_buffer_size(None)
+        .stream_receive_window(VarInt::from_u32(4 << 20))
+        .receive_window(VarInt::from_u32(64 << 20))
+        .send_window(64 << 20)
+        .initial_rtt(Duration::from_millis(10))
+        .keep_alive_interval(Some(Duration::from_secs(1)))
+        .max_idle_timeout(Some(VarInt::from_u32(5_000).into()));
     Arc::new(config)
 }
 

@@ -4,6 +4,8 @@ use bytes::Bytes;
 use tidepool_proto::wire::{self, WireError, response};
 use tidepool_proto::{CheckpointId, ChunkName, Epoch, SandboxId, SessionId, TurnNo};
 
+use crate::ClientError;
+
 /// One turn, to be committed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Commit {
@@ -93,6 +95,24 @@ pub struct StoreStatus {
     /// The cluster's id.
     pub cluster: String,
     pub shards: u32,
+}
+
+pub(crate) fn status(op: response::Op) -> Result<StoreStatus, ClientError> {
+    match op {
+        response::Op::Status(s) => Ok(StoreStatus {
+            chunks: s.chunks,
+            chunk_bytes: s.chunk_bytes,
+            ready: s.ready,
+            full: s.full,
+            free_bytes: s.free_bytes,
+            corruptions: s.corruptions,
+            refused: s.refused,
+            version: s.version,
+            cluster: s.cluster,
+            shards: s.shards,
+        }),
+        _ => Err(ClientError::unexpected()),
+    }
 }
 
 pub(crate) fn sandbox_record(s: response::Sandbox) -> Result<SandboxRecord, WireError> {

@@ -5,7 +5,7 @@ use tidepool_proto::{ChunkName, Epoch, ErrorKind, SandboxId, SessionId};
 
 use crate::command::{Command, op::Op};
 use crate::kv::{KvRead, ReadError, Write};
-use crate::{chunks, gc, history, images, names, policies, sandboxes};
+use crate::{chunks, gc, history, images, names, nodes, policies, sandboxes};
 
 /// Which of the two kinds of state machine a group is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub enum Reply {
         names: Vec<ChunkName>,
         bytes: u64,
     },
+    /// AddNode: the node's number.
+    Node(u64),
 }
 
 /// Why a command changed nothing.
@@ -152,6 +154,10 @@ fn dispatch(group: Group, state: &dyn KvRead, command: &Command) -> Applied {
         (_, Op::Cut(c)) => gc::cut(state, c),
         (_, Op::Purge(c)) => gc::purge(state, c),
         (Group::Meta, Op::SetPolicies(c)) => policies::set(state, c),
+        (Group::Meta, Op::InitCluster(c)) => nodes::init(state, c),
+        (Group::Meta, Op::AddToken(c)) => nodes::add_token(state, c, command.now_ms),
+        (Group::Meta, Op::AddNode(c)) => nodes::add(state, c, command.now_ms),
+        (Group::Meta, Op::SetNode(c)) => nodes::set(state, c),
         (Group::Meta, Op::ReserveName(c)) => names::reserve(state, c),
         (Group::Meta, Op::ReleaseName(c)) => names::release(state, c),
         (Group::Meta, Op::PutImage(c)) => images::put(state, c),

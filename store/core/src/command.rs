@@ -11,7 +11,7 @@ pub struct Command {
     pub now_ms: u64,
     #[prost(
         oneof = "op::Op",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29"
+        tags = "60, 61, 62, 63, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29"
     )]
     pub op: Option<op::Op>,
 }
@@ -32,6 +32,18 @@ pub mod op {
 
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Op {
+        /// Meta.
+        #[prost(message, tag = "60")]
+        InitCluster(InitCluster),
+        /// Meta.
+        #[prost(message, tag = "61")]
+        AddToken(AddToken),
+        /// Meta.
+        #[prost(message, tag = "62")]
+        AddNode(AddNode),
+        /// Meta.
+        #[prost(message, tag = "63")]
+        SetNode(SetNode),
         /// Shard.
         #[prost(message, tag = "2")]
         Pin(Pin),
@@ -104,6 +116,58 @@ pub mod op {
         /// Shard.
         #[prost(message, tag = "29")]
         LabelSandbox(request::LabelSandbox),
+    }
+
+    /// Writes the cluster's record with its first node.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct InitCluster {
+        #[prost(uint32, tag = "1")]
+        pub shards: u32,
+        #[prost(uint64, tag = "2")]
+        pub node: u64,
+        #[prost(string, tag = "3")]
+        pub addr: String,
+        #[prost(string, tag = "4")]
+        pub zone: String,
+    }
+
+    /// Makes a join token valid.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct AddToken {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub id: Bytes,
+        #[prost(uint32, tag = "2")]
+        pub uses: u32,
+        #[prost(uint64, tag = "3")]
+        pub expires_ms: u64,
+    }
+
+    /// Gives a new node its number, for one use of a token.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct AddNode {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub token: Bytes,
+        /// The hash of the node's public key.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub key: Bytes,
+        #[prost(string, tag = "3")]
+        pub addr: String,
+        #[prost(string, tag = "4")]
+        pub zone: String,
+    }
+
+    /// Changes a node's address (unless empty) and state (unless 0).
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct SetNode {
+        #[prost(uint64, tag = "1")]
+        pub node: u64,
+        #[prost(string, tag = "2")]
+        pub addr: String,
+        #[prost(uint32, tag = "3")]
+        pub state: u32,
+        /// Said by the node itself: it becomes active if it was joining, and stays what it is otherwise.
+        #[prost(bool, tag = "4")]
+        pub only_joining: bool,
     }
 
     /// Stamps those of the names that are chunks with the shard's round; opens the session where it is new.

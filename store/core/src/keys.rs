@@ -26,6 +26,8 @@ pub enum Table {
     Manifest = b'm',
     /// Sandbox name: sandbox id.
     Name = b'n',
+    /// [`crate::ClusterState`].
+    Cluster = b'o',
     /// The cluster's policies of retention.
     Policies = b'p',
     /// Sandbox: [`crate::SandboxState`].
@@ -129,6 +131,10 @@ pub fn keep(id: &SandboxId, checkpoint: &CheckpointId) -> Vec<u8> {
 
 pub fn policies() -> Vec<u8> {
     key(Table::Policies, &[])
+}
+
+pub fn cluster() -> Vec<u8> {
+    key(Table::Cluster, &[])
 }
 
 pub fn stats() -> Vec<u8> {

@@ -1,9 +1,9 @@
 //! What a store cluster remembers, as deterministic state machines: commands in, results and key/value writes out.
 //!
 //! There are two kinds of raft group. The one **meta** group keeps what is cluster-wide and changes rarely: the names of
-//! sandboxes, the records of images and the policies of retention. Each of the S **shards** keeps the chunks whose names hash to it (with the
-//! sessions that upload them) and the sandboxes whose ids do (epoch, turns, manifests, idempotency keys). Chunks that nothing needs any
-//! more are collected in rounds over all groups ([`gc`]).
+//! sandboxes, the records of images, the nodes of the cluster and the policies of retention. Each of the S **shards** keeps the chunks whose
+//! names hash to it (with the sessions that upload them) and the sandboxes whose ids do (epoch, turns, manifests, idempotency keys). Chunks that
+//! nothing needs any more are collected in rounds over all groups ([`gc`]).
 //!
 //! [`apply`] is the whole interface: it reads through [`KvRead`], and gives back [`Write`]s that the caller makes durable in one
 //! batch with the applied index. It never writes, and never reads what it is about to write.
@@ -27,8 +27,11 @@ mod images;
 pub mod keys;
 mod kv;
 mod names;
+mod nodes;
+pub mod placement;
 mod policies;
 mod records;
+mod reply;
 pub mod retention;
 mod sandboxes;
 mod shard;
@@ -36,6 +39,7 @@ mod shard;
 pub use apply::{Group, Outcome, Refusal, Reply, apply};
 pub use command::{Command, op};
 pub use kv::{KvRead, ReadError, Write, prefix_end};
+pub use nodes::{ClusterState, NodeRecord, TokenRecord};
 pub use records::{
     ChunkState, GcState, ImageState, ManifestRow, SandboxState, SessionState, ShardStats,
     Tombstone, decode_number,

@@ -38,7 +38,7 @@ pub enum Rule {
     Stamp,
     /// A commit carries the lowest round it met, not the last.
     LowestRound,
-    /// No group cuts before all have begun.
+    /// No group cuts before all have begun. The one rule that nothing depends on: it only spares uploads that would be refused for nothing.
     BeginFirst,
     /// Roots are listed when all have cut.
     CutFirst,

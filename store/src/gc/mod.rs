@@ -273,9 +273,24 @@ impl Round {
         self.enter(Phase::Wait);
         self.wait(grace_ms).await?;
         self.enter(Phase::Cut);
-        // Only now that all have begun: a cut before that would let a commit pass whose chunks carry an older round.
+        // Only now that all have begun. The model shows that this is not what makes it safe (the lowest round that a commit met does): it spares uploads that
+        // would be refused for nothing.
         self.every_group(op::Op::Cut(op::Round { round }), |_, fence| fence)
             .await
+    }
+
+    /// Asks a group, wherever it is led.
+    async fn ask(&self, group: u32, op: request::Op) -> Result<response::Op, Failure> {
+        let answer = match op.clone() {
+            request::Op::GcRoots(r) => crate::requests::gc::roots(&self.shared, r).await,
+            request::Op::GcLinks(r) => crate::requests::gc::links(&self.shared, r).await,
+            request::Op::GcOld(r) => crate::requests::gc::old(&self.shared, r).await,
+            _ => return Err(unexpected()),
+        };
+        match answer {
+            Err(e) if e.is_moved() => Ok(self.shared.client.call_group(group, op).await?),
+            here => here,
+        }
     }
 
     /// Has every group do a step, and checks that it did.
@@ -326,7 +341,7 @@ impl Round {
                 after,
                 without: Bytes::new(),
             };
-            let page = match crate::requests::gc::old(&self.shared, page).await? {
+            let page = match self.ask(group, request::Op::GcOld(page)).await? {
                 response::Op::GcOld(page) => page,
                 _ => return Err(unexpected()),
             };

@@ -27,7 +27,7 @@ impl Round {
                     after,
                     without: self.without.clone(),
                 };
-                let page = match crate::requests::gc::roots(&self.shared, page).await? {
+                let page = match self.ask(group, request::Op::GcRoots(page)).await? {
                     response::Op::GcRoots(page) => page,
                     _ => return Err(unexpected()),
                 };
@@ -86,7 +86,7 @@ impl Round {
                 group,
                 names: join_names(&names[at..]),
             };
-            let page = match crate::requests::gc::links(&self.shared, ask).await? {
+            let page = match self.ask(group, request::Op::GcLinks(ask)).await? {
                 response::Op::GcLinks(page) => page,
                 _ => return Err(unexpected()),
             };

@@ -9,6 +9,7 @@ use raft::{Config, RawNode, Ready, StateRole, Storage};
 use raft_prost::Message as _;
 
 use super::log::{LoadedLog, RaftLog};
+use crate::driver::GroupStatus;
 use crate::error::StoreError;
 
 /// Entries kept behind the applied index, for followers that are a little late.
@@ -125,6 +126,26 @@ impl Group {
     /// Whether this node leads.
     pub fn is_leader(&self) -> bool {
         self.raw.raft.state == StateRole::Leader
+    }
+
+    /// How it is.
+    pub(crate) fn status(&self) -> GroupStatus {
+        let conf = self.raw.store().conf();
+        let mut voters = conf.voters.clone();
+        for old in &conf.voters_outgoing {
+            if !voters.contains(old) {
+                voters.push(*old);
+            }
+        }
+        GroupStatus {
+            group: self.cfg.group,
+            term: self.raw.raft.term,
+            leader: self.raw.raft.leader_id,
+            voters,
+            learners: conf.learners.clone(),
+            applied: self.applied,
+            committed: self.raw.raft.raft_log.committed,
+        }
     }
 
     /// Whether this node is the only voter.

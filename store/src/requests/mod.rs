@@ -9,8 +9,11 @@ mod sandboxes;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tidepool_proto::wire::{Request, Response, WireError, request::Op, response};
+use prost::Message as _;
+use tidepool_proto::cluster::Node as Seed;
+use tidepool_proto::wire::{Request, Response, WireError, request, request::Op, response};
 use tidepool_proto::{ErrorKind, SandboxId};
+use tidepool_store_client::{Client, ClientError};
 use tidepool_store_core::{
     Command, GcState, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op,
 };
@@ -20,14 +23,25 @@ use crate::db::{Db, DbError};
 use crate::driver::{DriverError, Handle, received};
 use crate::gc::Collector;
 use crate::holds::Holds;
+use crate::peers::Peers;
+use crate::pki::{Caller, Pki};
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
+use crate::{cluster, join};
 
 /// What every request works with.
 pub(crate) struct Shared {
     pub(crate) db: Db,
     pub(crate) map: ShardMap,
     pub(crate) cluster: String,
+    /// This node's number.
+    pub(crate) node: u64,
+    /// The members this node was told of when it joined.
+    pub(crate) seeds: Vec<Seed>,
+    pub(crate) pki: Pki,
+    pub(crate) peers: Peers,
+    /// This node as a client of all nodes, itself too: for what another one has to decide.
+    pub(crate) client: Client,
     pub(crate) driver: Handle,
     pub(crate) bodies: Arc<dyn BodyStore>,
     pub(crate) writer: BodyWriter,
@@ -47,6 +61,8 @@ pub(crate) struct Failure {
     again: bool,
     /// What the request rests on may have been collected.
     upload_again: bool,
+    /// Another node decides this.
+    moved: Option<response::NotLeader>,
 }
 
 impl Failure {
@@ -56,6 +72,7 @@ impl Failure {
             text: text.into(),
             again: false,
             upload_again: false,
+            moved: None,
         }
     }
 
@@ -64,6 +81,11 @@ impl Failure {
             again: true,
             ..Self::new(ErrorKind::Unavailable, text)
         }
+    }
+
+    /// Whether another node decides this.
+    pub(crate) fn is_moved(&self) -> bool {
+        self.moved.is_some()
     }
 
     pub(crate) fn text(&self) -> &str {
@@ -110,11 +132,24 @@ impl From<DbError> for Failure {
     }
 }
 
+impl From<ClientError> for Failure {
+    fn from(e: ClientError) -> Self {
+        Self {
+            again: e.kind() == ErrorKind::Unavailable,
+            ..Self::new(e.kind(), e.to_string())
+        }
+    }
+}
+
 impl From<DriverError> for Failure {
     fn from(e: DriverError) -> Self {
         match e {
             DriverError::Refused(refusal) => refusal.into(),
             DriverError::Again(why) => Self::again(why),
+            DriverError::NotLeader { group, leader } => Self {
+                moved: Some(response::NotLeader { group, leader }),
+                ..Self::again(format!("group {group} is led elsewhere"))
+            },
             DriverError::Full => Self::full(),
         }
     }
@@ -123,13 +158,16 @@ impl From<DriverError> for Failure {
 pub(crate) type Answer = Result<response::Op, Failure>;
 
 /// Answers one request.
-pub(crate) async fn answer(shared: &Arc<Shared>, request: Request) -> Response {
-    match dispatch(shared, request).await {
+pub(crate) async fn answer(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Response {
+    match dispatch(shared, caller, request).await {
         Ok(op) => op.into(),
         Err(failure) => {
             if failure.kind == ErrorKind::Corruption {
                 shared.counters.corruption();
                 tracing::error!(error = %failure.text, "stored data is damaged");
+            }
+            if let Some(moved) = failure.moved {
+                return response::Op::NotLeader(moved).into();
             }
             response::Op::Error(response::Error {
                 kind: tidepool_proto::wire::kind_code(failure.kind),
@@ -142,7 +180,7 @@ pub(crate) async fn answer(shared: &Arc<Shared>, request: Request) -> Response {
     }
 }
 
-async fn dispatch(shared: &Arc<Shared>, request: Request) -> Answer {
+async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Answer {
     let Some(op) = request.op else {
         return Err(Failure::new(
             ErrorKind::Invalid,
@@ -151,6 +189,16 @@ async fn dispatch(shared: &Arc<Shared>, request: Request) -> Answer {
     };
     match op {
         Op::Status(_) => Ok(status(shared).await),
+        Op::Topology(_) => shared.blocking(cluster::topology).await,
+        Op::Join(r) => join::join(shared, caller, r).await,
+        Op::IssueToken(r) => join::issue_token(shared, r).await,
+        Op::ChangeNode(r) => cluster::change(shared, r).await,
+        Op::Propose(r) => {
+            let command =
+                Command::decode(r.command).map_err(|e| WireError::Message(e.to_string()))?;
+            let reply = received(shared.driver.propose(r.group, command)).await?;
+            Ok(response::Op::Reply(reply.encode().into()))
+        }
         Op::Pin(r) => chunks::pin(shared, r).await,
         Op::Put(r) => chunks::put(shared, r).await,
         Op::EndSession(r) => chunks::end_session(shared, r).await,
@@ -321,13 +369,36 @@ impl Shared {
         self.propose(group, op).await
     }
 
+    /// Proposes a command to a group wherever it is led, for a part of a request that belongs elsewhere.
     pub(crate) async fn propose(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
-        // The driver sets the time.
-        Ok(received(self.driver.propose(group, Command::new(0, op))).await?)
+        let command = Command::new(0, op);
+        match self.propose_here(group, command.clone()).await {
+            Err(Failure { moved: Some(_), .. }) => {}
+            other => return other,
+        }
+        let command = command.encode_to_vec().into();
+        let op = request::Op::Propose(request::Propose { group, command });
+        match self.client.call_group(group, op).await? {
+            response::Op::Reply(bytes) => Ok(Reply::decode(&bytes)?),
+            _ => Err(Failure::new(
+                ErrorKind::Failed,
+                "a node answered with something that was not asked for",
+            )),
+        }
     }
 
+    /// Proposes a command to a group that this node leads. The driver sets the time.
+    async fn propose_here(&self, group: u32, command: Command) -> Result<Reply, Failure> {
+        Ok(received(self.driver.propose(group, command)).await?)
+    }
+
+    /// What a client asks of a sandbox's own shard: one that is led elsewhere is asked for there.
     async fn write_sandbox(&self, id: SandboxId, op: op::Op) -> Answer {
-        match self.write(self.map.of_sandbox(&id), op).await? {
+        if self.space.is_full() {
+            return Err(Failure::full());
+        }
+        let group = self.map.of_sandbox(&id);
+        match self.propose_here(group, Command::new(0, op)).await? {
             Reply::Epoch(e) => Ok(response::Op::Epoch(e.0)),
             _ => Ok(done()),
         }

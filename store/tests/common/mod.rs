@@ -16,6 +16,8 @@ use tidepool_proto::{
 use tidepool_store::{Node, NodeConfig};
 use tidepool_store_client::{Client, ClientConfig, ClientIdentity, Commit};
 
+pub const DAY: Duration = Duration::from_secs(24 * 3600);
+
 pub fn key() -> DomainKey {
     DomainKey::new([7; 32])
 }

@@ -355,18 +355,18 @@ fn kept_by(
     }
     let day = HOUR_MS * 24;
     // The epoch began on a Thursday.
-    let periods: [(u32, Reason, &dyn Fn(u64) -> u64); 3] = [
-        (keep.hourly, Reason::Hourly, &|ms| ms / HOUR_MS),
-        (keep.daily, Reason::Daily, &|ms| ms / day),
-        (keep.weekly, Reason::Weekly, &|ms| (ms / day + 3) / 7),
-    ];
-    for (count, reason, period) in periods {
+    let week = 7 * day;
+    for (count, reason, length, shift) in [
+        (keep.hourly, Reason::Hourly, HOUR_MS, 0),
+        (keep.daily, Reason::Daily, day, 0),
+        (keep.weekly, Reason::Weekly, week, 3 * day),
+    ] {
         let mut met = BTreeSet::new();
         for c in newest_first {
             if met.len() >= count as usize {
                 break;
             }
-            if met.insert(period(c.created_ms)) {
+            if met.insert(c.created_ms.saturating_add(shift) / length) {
                 kept.entry(c.id).or_insert_with(|| reason.clone());
             }
         }

@@ -25,6 +25,7 @@ mod node;
 mod pki;
 pub mod raft;
 mod requests;
+pub mod segments;
 mod server;
 mod sessions;
 mod space;

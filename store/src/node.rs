@@ -15,7 +15,7 @@ use tidepool_store_core::ShardMap;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::bodies::{BodyWriter, Damaged, RocksBodies};
+use crate::bodies::{BodyWriter, Damaged};
 use crate::config::{Identity, NodeConfig};
 use crate::db::Db;
 use crate::driver::{Driver, Handle};
@@ -23,6 +23,7 @@ use crate::error::StoreError;
 use crate::pki::{Pki, Role};
 use crate::raft::{Group, GroupConfig};
 use crate::requests::Shared;
+use crate::segments::{SegmentOptions, Segments};
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
 use crate::{logs, server, sessions};
@@ -57,12 +58,19 @@ impl Node {
         let (identity, map, pki, db, groups) = tokio::task::spawn_blocking(move || open(&data))
             .await
             .map_err(|e| StoreError::Stopped(e.to_string()))??;
+        let bodies_dir = cfg.data_dir.join("bodies");
+        let bodies_db = db.clone();
+        let bodies = tokio::task::spawn_blocking(move || {
+            Segments::open(bodies_db, &bodies_dir, SegmentOptions::default())
+        })
+        .await
+        .map_err(|e| StoreError::Stopped(e.to_string()))??;
+        let bodies = Arc::new(bodies);
         let counters = Arc::new(Counters::default());
         let (failed_tx, failed) = watch::channel(None);
         let thread = |e| StoreError::io("thread", e);
         let (driver, driver_thread) =
             Driver::start(db.clone(), groups, counters.clone(), failed_tx).map_err(thread)?;
-        let bodies = Arc::new(RocksBodies::new(db.clone()));
         let (writer, writer_thread) =
             BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
         let shared = Arc::new(Shared {

@@ -15,10 +15,15 @@ use tokio::sync::oneshot;
 
 use crate::db::DbError;
 use crate::driver::Handle;
+use crate::segments::Place;
 
 /// The most bytes of one batch.
 const BATCH: usize = 32 << 20;
-const MAX_DAMAGED: usize = 1 << 16;
+/// The most damaged bodies that are remembered.
+pub(crate) const MAX_DAMAGED: usize = 1 << 16;
+
+/// Names and where their bodies are.
+pub type Page = Vec<(ChunkName, Option<Place>)>;
 
 /// Where bodies are kept.
 pub trait BodyStore: Send + Sync + 'static {
@@ -32,6 +37,14 @@ pub trait BodyStore: Send + Sync + 'static {
     /// Deletes bodies, durable with the next synced write of the database's log; their space comes back soon after. Names that are
     /// not there are no error.
     fn delete(&self, names: &[ChunkName]) -> Result<(), DbError>;
+    /// Where a body is, if it is stored: a body that is put again is at another place.
+    fn place(&self, name: &ChunkName) -> Result<Option<Place>, DbError>;
+    /// What is stored under the names after `after`, in their order, at most `max`. No place: the index entry is damaged.
+    fn page(&self, after: Option<&ChunkName>, max: usize) -> Result<Page, DbError>;
+    /// Remembers that a stored body is damaged and that no copy was found; a later put or delete of it ends that.
+    fn quarantine(&self, name: &ChunkName, why: &str) -> Result<(), DbError>;
+    /// What is in quarantine and why, at most `max`.
+    fn quarantined(&self, max: usize) -> Result<Vec<(ChunkName, String)>, DbError>;
 }
 
 struct Job {

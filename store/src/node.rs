@@ -15,18 +15,21 @@ use tidepool_store_core::ShardMap;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::bodies::{BodyWriter, Damaged};
+use crate::bodies::{BodyWriter, Damaged, MAX_DAMAGED};
 use crate::config::{Identity, NodeConfig};
 use crate::db::Db;
 use crate::driver::{Driver, Handle};
 use crate::error::StoreError;
+use crate::gc::Collector;
+use crate::holds::Holds;
 use crate::pki::{Pki, Role};
 use crate::raft::{Group, GroupConfig};
 use crate::requests::Shared;
+use crate::scrub::{NoPeers, PeerBodies, Scrubber};
 use crate::segments::{SegmentOptions, Segments};
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
-use crate::{logs, server, sessions};
+use crate::{gc, logs, scrub, server, sessions};
 
 /// How long a node waits at start until its groups answer.
 const START: Duration = Duration::from_secs(30);
@@ -54,6 +57,14 @@ impl Node {
     /// Makes or opens the data directory, and serves. Returns when every group answers. Needs a tokio runtime with more than one thread or
     /// blocking threads, which runs the node's tasks until [`Node::shutdown`].
     pub async fn start(cfg: NodeConfig) -> Result<Node, StoreError> {
+        Self::start_with(cfg, Arc::new(NoPeers)).await
+    }
+
+    /// The same with other nodes' copies of bodies, from which damaged ones are mended.
+    pub async fn start_with(
+        cfg: NodeConfig,
+        peers: Arc<dyn PeerBodies>,
+    ) -> Result<Node, StoreError> {
         let data = cfg.data_dir.clone();
         let (identity, map, pki, db, groups) = tokio::task::spawn_blocking(move || open(&data))
             .await
@@ -82,12 +93,26 @@ impl Node {
             writer,
             damaged: Damaged::default(),
             space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
+            holds: Holds::default(),
+            collector: Collector::default(),
+            scrubber: Scrubber::new(peers),
             counters,
         });
+        // What is known to be damaged counts as missing.
+        for (name, why) in shared
+            .bodies
+            .quarantined(MAX_DAMAGED)
+            .map_err(|e| StoreError::Damaged(e.to_string()))?
+        {
+            tracing::error!(chunk = %name, why, "in quarantine: damaged, and no good copy was found");
+            shared.damaged.add(name);
+        }
         let (endpoint, local) = listen(&cfg, &pki)?;
         let mut tasks = JoinSet::new();
         tasks.spawn(server::run(endpoint.clone(), shared.clone()));
         tasks.spawn(sessions::expire(shared.clone()));
+        tasks.spawn(gc::serve(shared.clone()));
+        tasks.spawn(scrub::serve(shared.clone()));
         let identity = pki.issue(Role::Host)?;
         let node = Node {
             shared,

@@ -76,10 +76,20 @@ async fn a_damaged_body_is_corruption_and_is_healed() {
     assert_eq!(client.get(&[names[0], names[5]]).await.unwrap().len(), 2);
 
     // Known to be damaged, they count as missing, and the next upload heals them.
-    assert_eq!(client.pin(session(2), &names).await.unwrap(), names[1..=4]);
+    assert_eq!(
+        client.pin(session(2), &names).await.unwrap().missing,
+        names[1..=4]
+    );
     let put = client.put(session(2), bodies.clone()).await.unwrap();
     assert_eq!((put.stored, put.present), (4, 2));
-    assert!(client.pin(session(2), &names).await.unwrap().is_empty());
+    assert!(
+        client
+            .pin(session(2), &names)
+            .await
+            .unwrap()
+            .missing
+            .is_empty()
+    );
     let got = client.get(&names).await.unwrap();
     assert!(got.iter().zip(&bodies).all(|(g, (_, b))| g == b));
     let chunks = client.status().await.unwrap().chunks;
@@ -103,7 +113,7 @@ async fn a_damaged_record_is_corruption_and_harms_nothing_else() {
             c.commit(commit(*id, one, turn)).await.unwrap();
         }
     }
-    c.put_image("i", b"record".to_vec()).await.unwrap();
+    c.put_image("i", b"record".to_vec(), &[], 0).await.unwrap();
     node.shutdown().await;
 
     let (checkpoint, manifest) = commit(ids[1], one, 1).manifest.unwrap();

@@ -12,13 +12,15 @@ mod error;
 pub mod frame;
 mod identity;
 mod link;
+mod retention;
+mod scrub;
 pub mod transport;
 mod types;
 
 pub use config::ClientConfig;
 pub use error::ClientError;
 pub use identity::{ClientIdentity, IdentityError};
-pub use types::{Commit, PutStats, SandboxRecord, StoreStatus};
+pub use types::{Commit, Pinned, PutStats, SandboxRecord, StoreStatus, lower_round};
 
 use std::sync::Arc;
 

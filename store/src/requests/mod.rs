@@ -1,7 +1,9 @@
 //! Requests: checked, turned into commands and reads, and answered.
 
 mod chunks;
+pub(crate) mod gc;
 mod images;
+mod retention;
 mod sandboxes;
 
 use std::sync::Arc;
@@ -9,12 +11,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tidepool_proto::wire::{Request, Response, WireError, request::Op, response};
 use tidepool_proto::{ErrorKind, SandboxId};
-use tidepool_store_core::{Command, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op};
+use tidepool_store_core::{
+    Command, GcState, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op,
+};
 
 use crate::bodies::{BodyStore, BodyWriter, Damaged};
 use crate::db::{Db, DbError};
 use crate::driver::{DriverError, Handle, received};
-use crate::server::error;
+use crate::gc::Collector;
+use crate::holds::Holds;
+use crate::scrub::Scrubber;
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
 
@@ -28,6 +34,9 @@ pub(crate) struct Shared {
     pub(crate) writer: BodyWriter,
     pub(crate) damaged: Damaged,
     pub(crate) space: Space,
+    pub(crate) holds: Holds,
+    pub(crate) collector: Collector,
+    pub(crate) scrubber: Scrubber,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -38,6 +47,8 @@ pub(crate) struct Failure {
     text: String,
     /// Asking again soon may help.
     again: bool,
+    /// What the request rests on may have been collected.
+    upload_again: bool,
 }
 
 impl Failure {
@@ -46,7 +57,19 @@ impl Failure {
             kind,
             text: text.into(),
             again: false,
+            upload_again: false,
         }
+    }
+
+    pub(crate) fn again(text: impl Into<String>) -> Self {
+        Self {
+            again: true,
+            ..Self::new(ErrorKind::Unavailable, text)
+        }
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
     }
 
     fn full() -> Self {
@@ -65,7 +88,11 @@ impl From<WireError> for Failure {
 
 impl From<Refusal> for Failure {
     fn from(e: Refusal) -> Self {
-        Self::new(e.kind, e.text)
+        Self {
+            again: e.again,
+            upload_again: e.upload_again,
+            ..Self::new(e.kind, e.text)
+        }
     }
 }
 
@@ -89,17 +116,13 @@ impl From<DriverError> for Failure {
     fn from(e: DriverError) -> Self {
         match e {
             DriverError::Refused(refusal) => refusal.into(),
-            DriverError::Again(why) => Self {
-                kind: ErrorKind::Unavailable,
-                text: why.to_owned(),
-                again: true,
-            },
+            DriverError::Again(why) => Self::again(why),
             DriverError::Full => Self::full(),
         }
     }
 }
 
-type Answer = Result<response::Op, Failure>;
+pub(crate) type Answer = Result<response::Op, Failure>;
 
 /// Answers one request.
 pub(crate) async fn answer(shared: &Arc<Shared>, request: Request) -> Response {
@@ -110,7 +133,13 @@ pub(crate) async fn answer(shared: &Arc<Shared>, request: Request) -> Response {
                 shared.counters.corruption();
                 tracing::error!(error = %failure.text, "stored data is damaged");
             }
-            error(failure.kind, failure.text, failure.again)
+            response::Op::Error(response::Error {
+                kind: tidepool_proto::wire::kind_code(failure.kind),
+                text: failure.text,
+                again: failure.again,
+                upload_again: failure.upload_again,
+            })
+            .into()
         }
     }
 }
@@ -152,6 +181,19 @@ async fn dispatch(shared: &Arc<Shared>, request: Request) -> Answer {
         Op::Image(r) => images::one(shared, r).await,
         Op::Images(r) => images::list(shared, r).await,
         Op::RemoveImage(r) => images::remove(shared, r).await,
+        Op::GcRoots(r) => gc::roots(shared, r).await,
+        Op::GcLinks(r) => gc::links(shared, r).await,
+        Op::GcOld(r) => gc::old(shared, r).await,
+        Op::GcRun(r) => crate::gc::run(shared, r).await,
+        Op::GcStatus(_) => crate::gc::status(shared).await,
+        Op::ScrubStart(r) => crate::scrub::start(shared, &r),
+        Op::ScrubStatus(_) => crate::scrub::status(shared),
+        Op::KeepCheckpoint(r) => retention::keep(shared, r).await,
+        Op::Kept(r) => retention::kept(shared, r).await,
+        Op::RemoveCheckpoints(r) => retention::remove(shared, r).await,
+        Op::SetPolicies(r) => retention::set_policies(shared, r).await,
+        Op::Policies(_) => retention::policies(shared).await,
+        Op::LabelSandbox(r) => retention::label(shared, r).await,
     }
 }
 
@@ -159,7 +201,16 @@ async fn dispatch(shared: &Arc<Shared>, request: Request) -> Answer {
 pub(crate) fn is_long(request: &Request) -> bool {
     matches!(
         request.op,
-        Some(Op::Get(_) | Op::Sandboxes(_) | Op::Manifests(_) | Op::Turns(_) | Op::Images(_))
+        Some(
+            Op::Get(_)
+                | Op::Sandboxes(_)
+                | Op::Manifests(_)
+                | Op::Turns(_)
+                | Op::Images(_)
+                | Op::GcRoots(_)
+                | Op::GcLinks(_)
+                | Op::GcOld(_)
+        )
     )
 }
 
@@ -229,6 +280,14 @@ impl Shared {
         .ok()
     }
 
+    /// A group's round of collection. Whoever reads something that others may come to rest on reads this first.
+    pub(crate) fn round(&self, group: u32) -> Result<u64, Failure> {
+        Ok(match self.db.state(group, &keys::gc())? {
+            Some(value) => GcState::decode(&value)?.round,
+            None => GcState::default().round,
+        })
+    }
+
     /// Runs something that reads the disk where it holds nobody up.
     pub(crate) async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
@@ -241,7 +300,7 @@ impl Shared {
     }
 
     /// Reads from a group's state, which shows everything acknowledged before.
-    async fn read<T: Send + 'static>(
+    pub(crate) async fn read<T: Send + 'static>(
         self: &Arc<Self>,
         group: u32,
         f: impl FnOnce(&Self) -> Result<T, Failure> + Send + 'static,
@@ -259,14 +318,14 @@ impl Shared {
     }
 
     /// Proposes a command that frees something, if there is room for its record.
-    async fn write_freeing(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
+    pub(crate) async fn write_freeing(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
         if !self.space.may_free() {
             return Err(Failure::full());
         }
         self.propose(group, op).await
     }
 
-    async fn propose(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
+    pub(crate) async fn propose(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
         // The driver sets the time.
         Ok(received(self.driver.propose(group, Command::new(0, op))).await?)
     }

@@ -219,7 +219,7 @@ mod tests {
     fn body() -> (ChunkName, Vec<u8>) {
         let key = DomainKey::new([7; 32]);
         let name = key.name(b"golden");
-        (name, key.encode(&name, b"golden", None))
+        (name, key.encode(&name, b"golden", &[], None))
     }
 
     #[test]

@@ -8,6 +8,7 @@ use rocksdb::{Direction, IteratorMode, ReadOptions, WriteBatch};
 use tidepool_proto::ChunkName;
 
 use super::format::{Place, Row};
+use crate::bodies::Page;
 use crate::db::{BODIES, Db, DbError, SEGMENTS, seal, unseal};
 
 const ROW: u8 = b's';
@@ -111,11 +112,7 @@ fn place_of(name: &ChunkName, value: &[u8]) -> Result<Place, DbError> {
 }
 
 /// Names after `after` in order, at most `max`, with their places.
-pub(super) fn page(
-    db: &Db,
-    after: Option<&ChunkName>,
-    max: usize,
-) -> Result<Vec<(ChunkName, Result<Place, DbError>)>, DbError> {
+pub(super) fn page(db: &Db, after: Option<&ChunkName>, max: usize) -> Result<Page, DbError> {
     let family = db.family(BODIES)?;
     let mut options = ReadOptions::default();
     options.fill_cache(false);
@@ -137,7 +134,7 @@ pub(super) fn page(
         if out.len() == max {
             break;
         }
-        out.push((name, place_of(&name, &value)));
+        out.push((name, place_of(&name, &value).ok()));
     }
     Ok(out)
 }

@@ -32,7 +32,7 @@ use bytes::Bytes;
 use tidepool_proto::ChunkName;
 use tidepool_proto::body::MAX_BODY_LEN;
 
-use crate::bodies::BodyStore;
+use crate::bodies::{BodyStore, Page};
 use crate::db::{Db, DbError};
 use crate::error::StoreError;
 use files::Files;
@@ -125,30 +125,6 @@ impl Segments {
         Ok(Self { inner, reclaimer })
     }
 
-    /// Names after `after` with their places, in order of names, at most `max`.
-    pub fn page(
-        &self,
-        after: Option<&ChunkName>,
-        max: usize,
-    ) -> Result<Vec<(ChunkName, Result<Place, DbError>)>, DbError> {
-        index::page(&self.inner.db, after, max)
-    }
-
-    /// Remembers that a stored body is damaged and that no copy was found; a later put of it ends that.
-    pub fn quarantine(&self, name: &ChunkName, why: &str) -> Result<(), DbError> {
-        let _rows = lock(&self.inner.rows);
-        let mut batch = IndexBatch::new(&self.inner.db);
-        batch.quarantine(name, why)?;
-        batch.write(true)?;
-        lock(&self.inner.quarantined).insert(*name);
-        Ok(())
-    }
-
-    /// What is in quarantine and why, at most `max`.
-    pub fn quarantined(&self, max: usize) -> Result<Vec<(ChunkName, String)>, DbError> {
-        index::quarantined(&self.inner.db, max)
-    }
-
     /// What the segments take on the disk, and what of that are stored bodies, in bytes.
     pub fn usage(&self) -> (u64, u64) {
         let rows = lock(&self.inner.rows).clone();
@@ -182,6 +158,30 @@ impl BodyStore for Segments {
         let freed = self.inner.delete(names)?;
         self.reclaimer.freed(freed);
         Ok(())
+    }
+
+    fn place(&self, name: &ChunkName) -> Result<Option<Place>, DbError> {
+        match index::place(&self.inner.db, name) {
+            Err(DbError::Corruption(_)) => Ok(None),
+            other => other,
+        }
+    }
+
+    fn page(&self, after: Option<&ChunkName>, max: usize) -> Result<Page, DbError> {
+        index::page(&self.inner.db, after, max)
+    }
+
+    fn quarantine(&self, name: &ChunkName, why: &str) -> Result<(), DbError> {
+        let _rows = lock(&self.inner.rows);
+        let mut batch = IndexBatch::new(&self.inner.db);
+        batch.quarantine(name, why)?;
+        batch.write(true)?;
+        lock(&self.inner.quarantined).insert(*name);
+        Ok(())
+    }
+
+    fn quarantined(&self, max: usize) -> Result<Vec<(ChunkName, String)>, DbError> {
+        index::quarantined(&self.inner.db, max)
     }
 }
 

@@ -14,7 +14,7 @@ fn chunk(seed: u64, len: usize) -> (ChunkName, Bytes) {
     hasher.finalize_xof().fill(&mut plain);
     let key = DomainKey::new([7; 32]);
     let name = key.name(&plain);
-    (name, key.encode(&name, &plain, None).into())
+    (name, key.encode(&name, &plain, &[], None).into())
 }
 
 fn small() -> SegmentOptions {
@@ -264,7 +264,7 @@ fn a_crash_between_any_two_steps_loses_nothing() {
             }
             segments.reclaim_now().unwrap();
             let page = segments.page(None, 1000).unwrap();
-            let live: u64 = page.iter().map(|(_, p)| p.as_ref().unwrap().bytes()).sum();
+            let live: u64 = page.iter().map(|(_, p)| p.unwrap().bytes()).sum();
             assert_eq!(segments.usage().1, live, "{n}");
         }
         if done {

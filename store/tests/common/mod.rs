@@ -32,7 +32,7 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 pub fn chunk(seed: u64, len: usize) -> (ChunkName, Bytes) {
     let plain = noise(seed, len);
     let name = key().name(&plain);
-    (name, key().encode(&name, &plain, None).into())
+    (name, key().encode(&name, &plain, &[], None).into())
 }
 
 pub fn sandbox_id(n: u8) -> SandboxId {
@@ -93,6 +93,8 @@ pub fn commit(sandbox: SandboxId, epoch: Epoch, turn: u64) -> Commit {
         key,
         manifest: Some(manifest),
         session: None,
+        round: 1,
+        base: None,
     }
 }
 

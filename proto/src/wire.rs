@@ -63,7 +63,7 @@ pub enum WireError {
 pub struct Request {
     #[prost(
         oneof = "request::Op",
-        tags = "1, 40, 41, 42, 43, 44, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32"
+        tags = "1, 40, 41, 42, 43, 44, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 50, 51"
     )]
     pub op: Option<request::Op>,
 }
@@ -137,6 +137,10 @@ pub mod request {
         GcRun(GcRun),
         #[prost(message, tag = "26")]
         GcStatus(GcStatus),
+        #[prost(message, tag = "50")]
+        ScrubStart(ScrubStart),
+        #[prost(message, tag = "51")]
+        ScrubStatus(ScrubStatus),
         #[prost(message, tag = "27")]
         KeepCheckpoint(KeepCheckpoint),
         #[prost(message, tag = "28")]
@@ -194,6 +198,20 @@ pub mod request {
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub struct GcStatus {}
+
+    /// Begins a scrub of the node that is asked.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ScrubStart {
+        /// The pace; 0 for the node's own.
+        #[prost(uint64, tag = "1")]
+        pub bytes_per_s: u64,
+        /// How long a body that nothing names is left alone after a pass saw it first; none for the node's own.
+        #[prost(uint64, optional, tag = "2")]
+        pub orphan_grace_ms: Option<u64>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ScrubStatus {}
 
     /// Has a checkpoint kept whatever the policies say, or lets it go again.
     #[derive(Clone, PartialEq, prost::Message)]
@@ -422,7 +440,7 @@ pub mod request {
 pub struct Response {
     #[prost(
         oneof = "response::Op",
-        tags = "1, 40, 41, 42, 43, 44, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
+        tags = "1, 40, 41, 42, 43, 44, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 50"
     )]
     pub op: Option<response::Op>,
 }
@@ -479,6 +497,9 @@ pub mod response {
         /// An account of a collection, as JSON.
         #[prost(bytes = "bytes", tag = "16")]
         GcReport(Bytes),
+        /// The account of a scrub, in JSON.
+        #[prost(bytes = "bytes", tag = "50")]
+        ScrubReport(Bytes),
     }
 
     /// What was pinned.

@@ -68,10 +68,11 @@ fn who(op: &Op) -> Who {
         | Op::UpdateSandboxMeta(_)
         | Op::Commit(_)
         | Op::PutImage(_) => Who::Hosts,
-        Op::Policies(_) | Op::Kept(_) | Op::GcStatus(_) => Who::All,
+        Op::Policies(_) | Op::Kept(_) | Op::GcStatus(_) | Op::ScrubStatus(_) => Who::All,
         Op::IssueToken(_)
         | Op::ChangeNode(_)
         | Op::GcRun(_)
+        | Op::ScrubStart(_)
         | Op::KeepCheckpoint(_)
         | Op::RemoveCheckpoints(_)
         | Op::SetPolicies(_)

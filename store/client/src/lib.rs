@@ -20,6 +20,7 @@ mod pool;
 mod reads;
 mod retention;
 mod route;
+mod scrub;
 mod split;
 mod topology;
 pub mod transport;

@@ -25,6 +25,7 @@ use crate::gc::Collector;
 use crate::holds::Holds;
 use crate::peers::Peers;
 use crate::pki::{Caller, Pki};
+use crate::scrub::Scrubber;
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
 use crate::{cluster, join};
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     pub(crate) space: Space,
     pub(crate) holds: Holds,
     pub(crate) collector: Collector,
+    pub(crate) scrubber: Scrubber,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -232,6 +234,8 @@ async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> An
         Op::GcOld(r) => gc::old(shared, r).await,
         Op::GcRun(r) => crate::gc::run(shared, r).await,
         Op::GcStatus(_) => crate::gc::status(shared).await,
+        Op::ScrubStart(r) => crate::scrub::start(shared, &r),
+        Op::ScrubStatus(_) => crate::scrub::status(shared),
         Op::KeepCheckpoint(r) => retention::keep(shared, r).await,
         Op::Kept(r) => retention::kept(shared, r).await,
         Op::RemoveCheckpoints(r) => retention::remove(shared, r).await,

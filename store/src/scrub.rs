@@ -387,13 +387,11 @@ fn remove(shared: &Shared, list: &[(ChunkName, Place)]) -> Result<u64, Failure> 
     })
 }
 
+/// Names, and the key to go on from.
+type Gone = (Vec<ChunkName>, Option<Vec<u8>>);
+
 /// Chunks of a group from a key on that have no body, and where to go on.
-#[expect(clippy::type_complexity, reason = "names, and the next key")]
-fn without_body(
-    shared: &Shared,
-    group: u32,
-    from: &[u8],
-) -> Result<(Vec<ChunkName>, Option<Vec<u8>>), Failure> {
+fn without_body(shared: &Shared, group: u32, from: &[u8]) -> Result<Gone, Failure> {
     let prefix = keys::table(keys::Table::Chunk);
     let mut names = Vec::new();
     shared.db.scan_state(group, &prefix, from, |key, _| {

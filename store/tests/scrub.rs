@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{chunk, client, session, start};
+use common::{chunk, client, operator, session, start};
 use tidepool_proto::ChunkName;
 use tidepool_store::bodies::BodyStore;
 use tidepool_store::db::Db;
@@ -69,7 +69,7 @@ async fn damage_is_mended_from_a_peer_or_put_into_quarantine() {
     let node = start(dir.path()).await;
     let c = client(&node).await;
     c.put(session(1), bodies.clone()).await.unwrap();
-    let report = scrub(&c).await;
+    let report = scrub(&operator(&node).await).await;
     assert_eq!((report.bodies, report.damaged, report.orphans), (40, 0, 0));
     assert_eq!(report.error, None);
     drop(c);
@@ -89,7 +89,7 @@ async fn damage_is_mended_from_a_peer_or_put_into_quarantine() {
         .await
         .unwrap();
     let c = client(&node).await;
-    let report = scrub(&c).await;
+    let report = scrub(&operator(&node).await).await;
     assert_eq!(
         (report.damaged, report.repaired, report.quarantined),
         (5, 2, 3)
@@ -112,7 +112,7 @@ async fn damage_is_mended_from_a_peer_or_put_into_quarantine() {
     c.put(session(2), bodies.clone()).await.unwrap();
     let got = c.get(&names).await.unwrap();
     assert!(got.iter().zip(&bodies).all(|(g, (_, b))| g == b));
-    let report = scrub(&c).await;
+    let report = scrub(&operator(&node).await).await;
     assert_eq!((report.bodies, report.damaged), (40, 0));
     drop(c);
     node.shutdown().await;
@@ -132,13 +132,13 @@ async fn bodies_that_nothing_names_go_and_no_others() {
     offline(dir.path()).put(&orphans).unwrap();
     let node = start(dir.path()).await;
     let c = client(&node).await;
-    let first = scrub(&c).await;
+    let first = scrub(&operator(&node).await).await;
     assert_eq!((first.orphans, first.orphans_removed), (10, 0));
     // One is uploaded meanwhile: it is named now.
     c.put(session(1), orphans[..1].to_vec()).await.unwrap();
-    let second = scrub(&c).await;
+    let second = scrub(&operator(&node).await).await;
     assert_eq!((second.orphans, second.orphans_removed), (9, 9));
-    let third = scrub(&c).await;
+    let third = scrub(&operator(&node).await).await;
     assert_eq!((third.bodies, third.orphans, third.damaged), (21, 0, 0));
     let names: Vec<_> = bodies
         .iter()

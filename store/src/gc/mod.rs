@@ -115,7 +115,7 @@ fn answer(report: &GcReport) -> Answer {
 
 /// Begins a collection; where one runs, gives its account.
 pub(crate) async fn run(shared: &Arc<Shared>, r: request::GcRun) -> Answer {
-    if r.without.len() % 32 != 0 || !r.without.as_chunks::<32>().0.is_sorted() {
+    if !r.without.len().is_multiple_of(32) || !r.without.as_chunks::<32>().0.is_sorted() {
         return Err(Failure::new(
             ErrorKind::Invalid,
             "a list of checkpoints is not sorted or not a whole number of them",

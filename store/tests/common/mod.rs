@@ -13,7 +13,7 @@ use tidepool_proto::turn::{Evidence, TurnRecord, TurnStats, Verdict};
 use tidepool_proto::{
     CheckpointId, ChunkName, DomainKey, Epoch, SandboxId, SessionId, TreeId, TurnNo,
 };
-use tidepool_store::{Node, NodeConfig};
+use tidepool_store::{Node, NodeConfig, Role};
 use tidepool_store_client::{Client, ClientConfig, ClientIdentity, Commit};
 
 pub const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -107,6 +107,12 @@ pub async fn start(dir: &Path) -> Node {
 
 pub async fn client(node: &Node) -> Client {
     connect(node.local_addr(), node.client_identity()).await
+}
+
+/// A client that may administer.
+pub async fn operator(node: &Node) -> Client {
+    let identity = node.issue(Role::Operator, Duration::from_secs(600));
+    connect(node.local_addr(), identity.unwrap()).await
 }
 
 pub async fn connect(addr: SocketAddr, identity: ClientIdentity) -> Client {

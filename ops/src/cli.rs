@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tidepool_proto::api::{ImageKind, MountSpec};
 use tidepool_proto::turn::MAX_KEY;
 
+use crate::commands::gc::GcCommand;
+use crate::commands::retention::RetentionCommand;
 use crate::help;
 use crate::human;
 use crate::ui::Ui;
@@ -94,6 +96,12 @@ pub(crate) enum Command {
     /// This host
     #[command(subcommand, arg_required_else_help = true)]
     Host(HostCommand),
+    /// Collect chunks of the store that nothing needs any more
+    #[command(subcommand, arg_required_else_help = true)]
+    Gc(GcCommand),
+    /// Which checkpoints stay: rules, plans, and what they do
+    #[command(subcommand, arg_required_else_help = true)]
+    Retention(RetentionCommand),
     /// Print a completion script for a shell
     #[command(after_help = help::COMPLETIONS_AFTER)]
     Completions {

@@ -14,6 +14,7 @@ mod human;
 mod lines;
 mod progress;
 mod signals;
+mod store;
 mod terminal;
 mod ui;
 
@@ -82,6 +83,8 @@ async fn dispatch(command: Command, client: &Client, ui: Ui) -> Result<(), Failu
             commands::status::run(client, ui).await
         }
         Command::Node(args) => commands::node::run(args, ui).await,
+        Command::Gc(command) => commands::gc::run(command, ui).await,
+        Command::Retention(command) => commands::retention::run(command, ui).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidepool", &mut script);

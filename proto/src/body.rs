@@ -1,10 +1,15 @@
 //! Chunk bodies: how a chunk's plaintext is named, compressed, sealed and checked.
 //!
-//! A body is what the store keeps: `version, flags, plaintext length (u32), [nonce (12)], payload, checksum (16)`. The checksum
-//! is unkeyed, so that a store node can tell damage without being able to read; the name is keyed by the domain and
-//! covers the plaintext, so that the host that reads it trusts nobody.
+//! A body is what the store keeps: `version, flags, plaintext length (u32), [number of links (u32), links (32 each)], [nonce (12)], payload, checksum (16)`.
+//! The checksum is unkeyed, so that a store node can tell damage without being able to read; the name is keyed by the domain and
+//! covers the plaintext and the links, so that the host that reads it trusts nobody.
 //!
-//! Invariants: a name stands for exactly one plaintext in one domain; `open` returns bytes only when they hash to the name.
+//! *Links* are the names that the plaintext refers to (a piece of a tree node or of a recipe), in clear, so that a store node can walk from a checkpoint to
+//! everything it needs without being able to read anything. They tell an observer no more than which chunks are fetched after which. A chunk with
+//! links is named otherwise than one with the same plaintext and none: a file whose bytes look like a tree node never stands in for it.
+//! The payload is compressed with the links as dictionary, so that a name that stands in both costs little more than once.
+//!
+//! Invariants: a name stands for exactly one plaintext and one list of links in one domain; `open` returns bytes only when they and the links hash to the name.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
@@ -13,13 +18,16 @@ use crate::ids::ChunkName;
 
 /// The most plaintext one chunk may hold, in bytes.
 pub const MAX_CHUNK_LEN: usize = 1 << 20;
-/// The most bytes one body may have: plaintext that did not compress, and the frame around it.
-pub const MAX_BODY_LEN: usize = MAX_CHUNK_LEN + 64;
+/// The most links one chunk may have: as many as its plaintext can name.
+pub const MAX_LINKS: usize = MAX_CHUNK_LEN / ChunkName::LEN;
+/// The most bytes one body may have: plaintext that did not compress, links, and the frame around them.
+pub const MAX_BODY_LEN: usize = MAX_CHUNK_LEN + MAX_LINKS * ChunkName::LEN + 64;
 
 const FORMAT: &str = "chunk body";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const ZSTD: u8 = 1;
 const SEALED: u8 = 2;
+const LINKED: u8 = 4;
 const CHECKSUM_LEN: usize = 16;
 const TAG_LEN: usize = 16;
 const ZSTD_LEVEL: i32 = 1;
@@ -45,9 +53,23 @@ impl DomainKey {
         &self.0
     }
 
-    /// The name of the chunk with this plaintext.
+    /// The name of the chunk with this plaintext and no links.
     pub fn name(&self, plain: &[u8]) -> ChunkName {
         ChunkName(*blake3::keyed_hash(&self.0, plain).as_bytes())
+    }
+
+    /// The name of the chunk with this plaintext and these links.
+    pub fn name_linked(&self, plain: &[u8], links: &[ChunkName]) -> ChunkName {
+        if links.is_empty() {
+            return self.name(plain);
+        }
+        let mut hasher = blake3::Hasher::new_keyed(&self.derive("tidepool v1 linked chunk", &[]));
+        hasher.update(&(links.len() as u64).to_le_bytes());
+        for link in links {
+            hasher.update(&link.0);
+        }
+        hasher.update(plain);
+        ChunkName(*hasher.finalize().as_bytes())
     }
 
     /// A key derived for a purpose and a context, such as the key that speaks to one sandbox's init.
@@ -66,15 +88,23 @@ impl DomainKey {
     /// Makes the body of `plain`. `seal_nonce` seals it: 12 fresh random bytes.
     ///
     /// # Panics
-    /// Where `plain` is longer than [`MAX_CHUNK_LEN`]: a cutter that makes such chunks is wrong.
-    pub fn encode(&self, name: &ChunkName, plain: &[u8], seal_nonce: Option<[u8; 12]>) -> Vec<u8> {
+    /// Where `plain` is longer than [`MAX_CHUNK_LEN`] or has more than [`MAX_LINKS`]: a cutter that makes such chunks is wrong.
+    pub fn encode(
+        &self,
+        name: &ChunkName,
+        plain: &[u8],
+        links: &[ChunkName],
+        seal_nonce: Option<[u8; 12]>,
+    ) -> Vec<u8> {
         assert!(
-            plain.len() <= MAX_CHUNK_LEN,
-            "chunk of {} bytes",
-            plain.len()
+            plain.len() <= MAX_CHUNK_LEN && links.len() <= MAX_LINKS,
+            "chunk of {} bytes and {} links",
+            plain.len(),
+            links.len()
         );
+        let listed: Vec<u8> = links.iter().flat_map(|l| l.0).collect();
         let mut flags = 0;
-        let mut payload = match zstd::bulk::compress(plain, ZSTD_LEVEL) {
+        let mut payload = match compress(plain, &listed) {
             // An eighth saved pays for the decompression of every later read.
             Ok(packed) if packed.len() < plain.len() - plain.len() / 8 => {
                 flags |= ZSTD;
@@ -85,9 +115,16 @@ impl DomainKey {
         if seal_nonce.is_some() {
             flags |= SEALED;
         }
+        if !links.is_empty() {
+            flags |= LINKED;
+        }
         let mut w = Writer::versioned(VERSION);
         w.u8(flags);
         w.u32_le(plain.len() as u32);
+        if !links.is_empty() {
+            w.u32_le(links.len() as u32);
+            w.raw(&listed);
+        }
         if let Some(nonce) = seal_nonce {
             let aad = sealing_aad(name, flags, plain.len() as u32);
             self.cipher(name)
@@ -109,17 +146,14 @@ impl DomainKey {
     /// The plaintext of `body`, which must be that of `name`.
     pub fn open(&self, name: &ChunkName, body: &[u8]) -> Result<Vec<u8>, FormatError> {
         let frame = check(body)?;
-        let mut r = Reader::versioned(FORMAT, frame, VERSION)?;
-        let flags = r.u8()?;
-        let plain_len = r.u32_le()?;
-        if flags & !(ZSTD | SEALED) != 0 {
-            return Err(r.invalid(format!("unknown flags {flags:#x}")));
-        }
-        if plain_len as usize > MAX_CHUNK_LEN {
-            return Err(r.invalid(format!(
-                "a plaintext of {plain_len} bytes is over the bound"
-            )));
-        }
+        let (
+            mut r,
+            Head {
+                flags,
+                plain_len,
+                listed,
+            },
+        ) = head(frame)?;
         let nonce = if flags & SEALED != 0 {
             Some(r.array::<12>()?)
         } else {
@@ -138,10 +172,12 @@ impl DomainKey {
             payload.truncate(payload.len() - TAG_LEN);
         }
         if flags & ZSTD != 0 {
-            payload = zstd::bulk::decompress(&payload, plain_len as usize)
+            payload = decompress(&payload, listed, plain_len as usize)
                 .map_err(|_| FormatError::Damaged { format: FORMAT })?;
         }
-        if payload.len() != plain_len as usize || self.name(&payload) != *name {
+        if payload.len() != plain_len as usize
+            || self.name_linked(&payload, &names(listed)) != *name
+        {
             return Err(FormatError::WrongName { name: *name });
         }
         Ok(payload)
@@ -156,7 +192,79 @@ fn sealing_aad(name: &ChunkName, flags: u8, plain_len: u32) -> Vec<u8> {
     aad
 }
 
-/// Checks a body's checksum, version and bounds without being able to read it, as a store node does. Returns the bytes before the checksum.
+/// With the links as dictionary: what stands there already is only referred to.
+fn compress(plain: &[u8], listed: &[u8]) -> std::io::Result<Vec<u8>> {
+    match listed {
+        [] => zstd::bulk::compress(plain, ZSTD_LEVEL),
+        _ => zstd::bulk::Compressor::with_dictionary(ZSTD_LEVEL, listed)?.compress(plain),
+    }
+}
+
+fn decompress(payload: &[u8], listed: &[u8], len: usize) -> std::io::Result<Vec<u8>> {
+    match listed {
+        [] => zstd::bulk::decompress(payload, len),
+        _ => zstd::bulk::Decompressor::with_dictionary(listed)?.decompress(payload, len),
+    }
+}
+
+fn names(listed: &[u8]) -> Vec<ChunkName> {
+    let (names, _) = listed.as_chunks::<{ ChunkName::LEN }>();
+    names.iter().map(|n| ChunkName(*n)).collect()
+}
+
+/// What stands before nonce and payload.
+struct Head<'a> {
+    flags: u8,
+    plain_len: u32,
+    /// Links, concatenated.
+    listed: &'a [u8],
+}
+
+/// Reads the head of a body without its checksum.
+fn head(frame: &[u8]) -> Result<(Reader<'_>, Head<'_>), FormatError> {
+    let mut r = Reader::versioned(FORMAT, frame, VERSION)?;
+    let flags = r.u8()?;
+    let plain_len = r.u32_le()?;
+    if flags & !(ZSTD | SEALED | LINKED) != 0 {
+        return Err(r.invalid(format!("unknown flags {flags:#x}")));
+    }
+    if plain_len as usize > MAX_CHUNK_LEN {
+        return Err(r.invalid(format!(
+            "a plaintext of {plain_len} bytes is over the bound"
+        )));
+    }
+    let listed = match flags & LINKED {
+        0 => &[][..],
+        _ => {
+            let n = r.u32_le()? as usize;
+            if n == 0 || n > MAX_LINKS {
+                return Err(r.invalid(format!("{n} links are out of bounds")));
+            }
+            r.raw(n * ChunkName::LEN)?
+        }
+    };
+    Ok((
+        r,
+        Head {
+            flags,
+            plain_len,
+            listed,
+        },
+    ))
+}
+
+/// The names that a chunk refers to, from its body, whose checksum is checked: for who marks without being able to read.
+pub fn links(body: &[u8]) -> Result<Vec<ChunkName>, FormatError> {
+    let (_, head) = head(check(body)?)?;
+    Ok(names(head.listed))
+}
+
+/// Whether a body that was checked carries links.
+pub fn is_linked(body: &[u8]) -> bool {
+    body.get(1).is_some_and(|flags| flags & LINKED != 0)
+}
+
+/// Checks a body's checksum, version, head and bounds without being able to read it, as a store node does. Returns the bytes before the checksum.
 pub fn check(body: &[u8]) -> Result<&[u8], FormatError> {
     if body.len() > MAX_BODY_LEN {
         return Err(FormatError::Invalid {
@@ -174,7 +282,7 @@ pub fn check(body: &[u8]) -> Result<&[u8], FormatError> {
     if blake3::hash(frame).as_bytes()[..CHECKSUM_LEN] != *sum {
         return Err(FormatError::Damaged { format: FORMAT });
     }
-    Reader::versioned(FORMAT, frame, VERSION)?;
+    head(frame)?;
     Ok(frame)
 }
 
@@ -194,7 +302,7 @@ mod tests {
         for plain in [&b""[..], b"x", &[0; 70_000], &noise] {
             let name = key().name(plain);
             for nonce in [None, Some([9; 12])] {
-                let body = key().encode(&name, plain, nonce);
+                let body = key().encode(&name, plain, &[], nonce);
                 assert!(body.len() <= plain.len() + 64);
                 assert_eq!(key().open(&name, &body).unwrap(), plain);
                 check(&body).unwrap();
@@ -207,7 +315,7 @@ mod tests {
         let plain = b"some plaintext that is long enough to be interesting";
         let name = key().name(plain);
         for nonce in [None, Some([1; 12])] {
-            let body = key().encode(&name, plain, nonce);
+            let body = key().encode(&name, plain, &[], nonce);
             for bit in 0..body.len() * 8 {
                 let mut bad = body.clone();
                 bad[bit / 8] ^= 1 << (bit % 8);
@@ -223,14 +331,47 @@ mod tests {
     #[test]
     fn another_name_or_domain_does_not_open() {
         let name = key().name(b"a");
-        let body = key().encode(&name, b"a", None);
+        let body = key().encode(&name, b"a", &[], None);
         let other = key().name(b"b");
         assert_eq!(
             key().open(&other, &body),
             Err(FormatError::WrongName { name: other })
         );
-        let sealed = key().encode(&name, b"a", Some([2; 12]));
+        let sealed = key().encode(&name, b"a", &[], Some([2; 12]));
         assert!(DomainKey::new([8; 32]).open(&name, &sealed).is_err());
         assert_ne!(DomainKey::new([8; 32]).name(b"a"), name);
+    }
+    #[test]
+    fn links_are_read_without_the_key_and_are_part_of_the_name() {
+        let links: Vec<ChunkName> = (0..100u8).map(|i| key().name(&[i])).collect();
+        let mut plain = b"a tree node that names ".to_vec();
+        plain.extend(links.iter().flat_map(|l| l.0));
+        let name = key().name_linked(&plain, &links);
+        assert_ne!(name, key().name(&plain));
+        assert_ne!(name, key().name_linked(&plain, &links[1..]));
+        for nonce in [None, Some([3; 12])] {
+            let body = key().encode(&name, &plain, &links, nonce);
+            assert_eq!(super::links(&body).unwrap(), links);
+            assert!(is_linked(&body));
+            assert_eq!(key().open(&name, &body).unwrap(), plain);
+            // What stands in both costs little more than once.
+            assert!(body.len() < plain.len() + plain.len() / 4, "{}", body.len());
+            for bit in 0..body.len() * 8 {
+                let mut bad = body.clone();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                assert!(super::links(&bad).is_err(), "bit {bit}");
+                assert!(key().open(&name, &bad).is_err(), "bit {bit}");
+            }
+        }
+        // Other links under the same name, with a checksum that fits: the name tells.
+        let forged = key().encode(&name, &plain, &links[1..], None);
+        assert_eq!(
+            key().open(&name, &forged),
+            Err(FormatError::WrongName { name })
+        );
+        let plain_one = key().encode(&name, &plain, &[], None);
+        assert!(!is_linked(&plain_one));
+        assert!(super::links(&plain_one).unwrap().is_empty());
+        assert!(key().open(&name, &plain_one).is_err());
     }
 }

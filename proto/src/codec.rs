@@ -29,17 +29,35 @@ pub enum FormatError {
 #[derive(Debug, Default)]
 pub struct Writer {
     buf: Vec<u8>,
+    links: Vec<(usize, ChunkName)>,
 }
 
 impl Writer {
     /// A writer that opens with the version byte `version`.
     pub fn versioned(version: u8) -> Self {
-        Self { buf: vec![version] }
+        Self {
+            buf: vec![version],
+            links: Vec::new(),
+        }
     }
 
     /// The bytes written.
     pub fn into_bytes(self) -> Vec<u8> {
         self.buf
+    }
+
+    /// The bytes written, and where in them which chunks are named.
+    pub fn into_linked(self) -> Linked {
+        Linked {
+            bytes: self.buf,
+            links: self.links,
+        }
+    }
+
+    /// The name of a chunk that what is written here needs.
+    pub fn link(&mut self, name: &ChunkName) {
+        self.links.push((self.buf.len(), *name));
+        self.raw(&name.0);
     }
 
     pub fn u8(&mut self, v: u8) {
@@ -83,6 +101,28 @@ impl Writer {
                 write(self, v);
             }
         }
+    }
+}
+
+/// An encoded value that names chunks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Linked {
+    pub bytes: Vec<u8>,
+    /// Where in the bytes a name begins, and the name; in order.
+    pub links: Vec<(usize, ChunkName)>,
+}
+
+impl Linked {
+    /// The names that begin in `range`, each once.
+    pub fn within(&self, range: std::ops::Range<usize>) -> Vec<ChunkName> {
+        let from = self.links.partition_point(|(at, _)| *at < range.start);
+        let mut seen = std::collections::BTreeSet::new();
+        self.links[from..]
+            .iter()
+            .take_while(|(at, _)| *at < range.end)
+            .filter(|(_, name)| seen.insert(*name))
+            .map(|(_, name)| *name)
+            .collect()
     }
 }
 

@@ -4,7 +4,7 @@
 //! Nothing refers to an earlier checkpoint but `parent`, which is history only: no chain has to be replayed.
 
 use crate::codec::{FormatError, Reader, Writer};
-use crate::ids::{CheckpointId, DomainId, Epoch, SandboxId, TreeId, TurnNo};
+use crate::ids::{CheckpointId, ChunkName, DomainId, Epoch, SandboxId, TreeId, TurnNo};
 use crate::turn::Verdict;
 
 const FORMAT: &str = "manifest";
@@ -143,6 +143,15 @@ impl Manifest {
         };
         r.finish()?;
         Ok(manifest)
+    }
+
+    /// The chunks from which, by their links, everything it needs is reached.
+    pub fn links(&self) -> impl Iterator<Item = ChunkName> {
+        let processes = self.processes.as_ref().map(|p| p.tree);
+        [Some(self.image), Some(self.upper), processes]
+            .into_iter()
+            .flatten()
+            .map(|tree| ChunkName(tree.0))
     }
 
     /// The id of the checkpoint that commits these encoded bytes.

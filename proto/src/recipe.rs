@@ -5,7 +5,7 @@
 //! cut by content, and unchanged stretches of it must have unchanged bytes.
 
 use crate::body::MAX_CHUNK_LEN;
-use crate::codec::{FormatError, Reader, Writer};
+use crate::codec::{FormatError, Linked, Reader, Writer};
 use crate::ids::ChunkName;
 
 const FORMAT: &str = "recipe";
@@ -96,6 +96,13 @@ impl Recipe {
         w.into_bytes()
     }
 
+    /// Its bytes, and where they name chunks.
+    pub fn encode_linked(&self) -> Linked {
+        let mut w = Writer::versioned(VERSION);
+        self.write(&mut w);
+        w.into_linked()
+    }
+
     pub(crate) fn write(&self, w: &mut Writer) {
         w.varint(self.segments.len() as u64);
         let mut last = None;
@@ -110,7 +117,7 @@ impl Recipe {
                         w.u8(2);
                     } else {
                         w.u8(1);
-                        w.raw(&chunk.0);
+                        w.link(chunk);
                     }
                     w.varint(u64::from(*offset));
                     w.varint(u64::from(*len));
@@ -178,7 +185,7 @@ impl BlobRef {
         w.varint(self.len);
         w.varint(self.chunks.len() as u64);
         for c in &self.chunks {
-            w.raw(&c.0);
+            w.link(c);
         }
     }
 

@@ -7,7 +7,7 @@
 //! Invariants: entries are sorted by name, names are unique, none is empty, `.`, `..` or holds `/` or NUL (but for the root's ""): a tree cannot
 //! name anything outside its root. Times are kept to the nanosecond; inode numbers, ctime and atime are not part of a tree.
 
-use crate::codec::{FormatError, Reader, Writer};
+use crate::codec::{FormatError, Linked, Reader, Writer};
 use crate::recipe::{BlobRef, Recipe};
 
 const FORMAT: &str = "tree node";
@@ -144,12 +144,17 @@ impl Node {
 
     /// Its bytes. The entries must be sorted and valid, as [`Node::decode`] demands.
     pub fn encode(&self) -> Vec<u8> {
+        self.encode_linked().bytes
+    }
+
+    /// Its bytes, and where they name chunks.
+    pub fn encode_linked(&self) -> Linked {
         let mut w = Writer::versioned(VERSION);
         w.varint(self.entries.len() as u64);
         for e in &self.entries {
             e.write(&mut w);
         }
-        w.into_bytes()
+        w.into_linked()
     }
 
     /// Reads what [`Node::encode`] wrote; refuses what is unsorted, repeated or could escape the root.

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{FormatError, Reader, Writer};
-use crate::ids::{CheckpointId, TurnNo};
+use crate::ids::{CheckpointId, ChunkName, TurnNo};
 use crate::recipe::BlobRef;
 
 const FORMAT: &str = "turn record";
@@ -159,6 +159,17 @@ pub struct TurnRecord {
 }
 
 impl TurnRecord {
+    /// The chunks of journaled output, which have no links of their own.
+    pub fn links(&self) -> impl Iterator<Item = ChunkName> + '_ {
+        let outputs = self.result.iter().flat_map(|r| [&r.stdout, &r.stderr]);
+        outputs
+            .flat_map(|out| match out {
+                Output::Stored(blob) => blob.chunks.as_slice(),
+                Output::Inline(_) => &[],
+            })
+            .copied()
+    }
+
     /// Its bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::versioned(VERSION);

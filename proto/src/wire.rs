@@ -38,6 +38,9 @@ pub const MAX_RECORD: usize = 256 << 10;
 /// The longest a session lives without being renewed, in milliseconds.
 pub const MAX_SESSION_TTL_MS: u64 = 24 * 3600 * 1000;
 
+/// Instead of a number of links: the chunk is not there.
+pub const ABSENT: u32 = u32::MAX;
+
 /// Why bytes are not a frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
@@ -60,7 +63,7 @@ pub enum WireError {
 pub struct Request {
     #[prost(
         oneof = "request::Op",
-        tags = "1, 40, 41, 42, 43, 44, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20"
+        tags = "1, 40, 41, 42, 43, 44, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 50, 51"
     )]
     pub op: Option<request::Op>,
 }
@@ -124,6 +127,135 @@ pub mod request {
         Images(After),
         #[prost(message, tag = "20")]
         RemoveImage(Image),
+        #[prost(message, tag = "22")]
+        GcRoots(GcPage),
+        #[prost(message, tag = "23")]
+        GcLinks(GcLinks),
+        #[prost(message, tag = "24")]
+        GcOld(GcPage),
+        #[prost(message, tag = "25")]
+        GcRun(GcRun),
+        #[prost(message, tag = "26")]
+        GcStatus(GcStatus),
+        #[prost(message, tag = "50")]
+        ScrubStart(ScrubStart),
+        #[prost(message, tag = "51")]
+        ScrubStatus(ScrubStatus),
+        #[prost(message, tag = "27")]
+        KeepCheckpoint(KeepCheckpoint),
+        #[prost(message, tag = "28")]
+        RemoveCheckpoints(RemoveCheckpoints),
+        #[prost(message, tag = "29")]
+        SetPolicies(SetPolicies),
+        #[prost(message, tag = "30")]
+        Policies(Policies),
+        #[prost(message, tag = "31")]
+        LabelSandbox(LabelSandbox),
+        /// The checkpoints of a sandbox that are kept on request.
+        #[prost(message, tag = "32")]
+        Kept(Sandbox),
+    }
+
+    /// A page of what a group knows, for the collection of a round.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct GcPage {
+        #[prost(uint32, tag = "1")]
+        pub group: u32,
+        /// 0 where nothing is going to be swept: the group is looked at as it is.
+        #[prost(uint64, tag = "2")]
+        pub round: u64,
+        /// Where the page begins; empty for the first.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub after: Bytes,
+        /// Checkpoints that count as removed, concatenated and sorted; in a round that is only tried.
+        #[prost(bytes = "bytes", tag = "4")]
+        pub without: Bytes,
+    }
+
+    /// What these chunks of one group refer to.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct GcLinks {
+        #[prost(uint32, tag = "1")]
+        pub group: u32,
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub names: Bytes,
+    }
+
+    /// Begins a collection, unless one runs.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct GcRun {
+        /// How long it waits for uploads that are under way; those that take longer have to pin again.
+        #[prost(uint64, tag = "1")]
+        pub grace_ms: u64,
+        /// Marks and counts, but begins no round and sweeps nothing.
+        #[prost(bool, tag = "2")]
+        pub dry: bool,
+        /// Checkpoints that count as removed where it is dry, concatenated and sorted.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub without: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct GcStatus {}
+
+    /// Begins a scrub of the node that is asked.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ScrubStart {
+        /// The pace; 0 for the node's own.
+        #[prost(uint64, tag = "1")]
+        pub bytes_per_s: u64,
+        /// How long a body that nothing names is left alone after a pass saw it first; none for the node's own.
+        #[prost(uint64, optional, tag = "2")]
+        pub orphan_grace_ms: Option<u64>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ScrubStatus {}
+
+    /// Has a checkpoint kept whatever the policies say, or lets it go again.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct KeepCheckpoint {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub checkpoint: Bytes,
+        #[prost(bool, tag = "3")]
+        pub keep: bool,
+    }
+
+    /// Removes checkpoints of a sandbox, if its history is still what it was when that was decided.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct RemoveCheckpoints {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        /// The count of changes of the sandbox's history.
+        #[prost(uint64, tag = "2")]
+        pub changes: u64,
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub checkpoints: Bytes,
+    }
+
+    /// Replaces the policies of retention.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct SetPolicies {
+        /// As the store's core encodes them, with the version that they replace.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub policies: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Policies {}
+
+    /// Replaces the labels of a sandbox.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct LabelSandbox {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandbox: Bytes,
+        /// As the store's core encodes them.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub labels: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -247,6 +379,12 @@ pub mod request {
         /// The upload that brought the checkpoint's chunks; empty for none.
         #[prost(bytes = "bytes", tag = "8")]
         pub session: Bytes,
+        /// The lowest round of all answers that this rests on; 0 where it rests on none.
+        #[prost(uint64, tag = "9")]
+        pub round: u64,
+        /// A checkpoint of this sandbox whose chunks were taken over unseen; empty for none.
+        #[prost(bytes = "bytes", tag = "10")]
+        pub base: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -282,6 +420,12 @@ pub mod request {
         pub name: String,
         #[prost(bytes = "bytes", tag = "2")]
         pub record: Bytes,
+        /// The lowest round of all answers that this rests on.
+        #[prost(uint64, tag = "3")]
+        pub round: u64,
+        /// The chunks from which all of the image's are reached, concatenated.
+        #[prost(bytes = "bytes", tag = "4")]
+        pub roots: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -296,7 +440,7 @@ pub mod request {
 pub struct Response {
     #[prost(
         oneof = "response::Op",
-        tags = "1, 40, 41, 42, 43, 44, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+        tags = "1, 40, 41, 42, 43, 44, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 50"
     )]
     pub op: Option<response::Op>,
 }
@@ -327,9 +471,6 @@ pub mod response {
         Done(Done),
         #[prost(message, tag = "3")]
         Status(Status),
-        /// The names not in the store, concatenated.
-        #[prost(bytes = "bytes", tag = "4")]
-        Missing(Bytes),
         #[prost(message, tag = "5")]
         Put(Put),
         #[prost(message, tag = "6")]
@@ -343,6 +484,74 @@ pub mod response {
         /// One record; `Error` with `NotFound` where there is none.
         #[prost(bytes = "bytes", tag = "10")]
         Record(Bytes),
+        #[prost(message, tag = "11")]
+        Pinned(Pinned),
+        #[prost(message, tag = "12")]
+        Found(Found),
+        #[prost(message, tag = "13")]
+        GcRoots(GcNames),
+        #[prost(message, tag = "14")]
+        GcLinks(GcLinks),
+        #[prost(message, tag = "15")]
+        GcOld(GcNames),
+        /// An account of a collection, as JSON.
+        #[prost(bytes = "bytes", tag = "16")]
+        GcReport(Bytes),
+        /// The account of a scrub, in JSON.
+        #[prost(bytes = "bytes", tag = "50")]
+        ScrubReport(Bytes),
+    }
+
+    /// What was pinned.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Pinned {
+        /// The names not in the store, concatenated.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub missing: Bytes,
+        /// The lowest round that the others carry now.
+        #[prost(uint64, tag = "2")]
+        pub round: u64,
+    }
+
+    /// A record that others may rest on.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Found {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub record: Bytes,
+        /// The round in which it was there.
+        #[prost(uint64, tag = "2")]
+        pub round: u64,
+    }
+
+    /// A page of names.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct GcNames {
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub names: Bytes,
+        /// Where the next page begins; empty where this is the last.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub next: Bytes,
+        /// A command that clears up what this page met and no round needs any more; empty for none.
+        #[prost(bytes = "bytes", tag = "3")]
+        pub purge: Bytes,
+        /// Lengths of the bodies of these names, where that was asked: one u32, little-endian, for each.
+        #[prost(bytes = "bytes", tag = "4")]
+        pub lens: Bytes,
+        /// Checkpoints and images on this page.
+        #[prost(uint64, tag = "6")]
+        pub items: u64,
+    }
+
+    /// The links of chunks.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct GcLinks {
+        /// How many of the names asked for this answers: one u32, little-endian, each. [`super::ABSENT`] for a chunk that is not there.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub counts: Bytes,
+        /// The links of all, concatenated.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub links: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -355,6 +564,9 @@ pub mod response {
         /// Sending the request again soon may succeed.
         #[prost(bool, tag = "3")]
         pub again: bool,
+        /// What the request rests on may have been collected: pinning and uploading again makes it good.
+        #[prost(bool, tag = "4")]
+        pub upload_again: bool,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -396,6 +608,9 @@ pub mod response {
         /// Bodies that were there already.
         #[prost(uint64, tag = "3")]
         pub present: u64,
+        /// The lowest round that these chunks carry now.
+        #[prost(uint64, tag = "4")]
+        pub round: u64,
     }
 
     /// The first bodies of those asked for: at least one where any was.
@@ -427,6 +642,12 @@ pub mod response {
         pub version: u64,
         #[prost(bytes = "bytes", tag = "8")]
         pub meta: Bytes,
+        /// The count of changes of its history.
+        #[prost(uint64, tag = "9")]
+        pub changes: u64,
+        /// As the store's core encodes them; empty for none.
+        #[prost(bytes = "bytes", tag = "10")]
+        pub labels: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -463,6 +684,9 @@ pub mod response {
         /// How many were left out because they are damaged.
         #[prost(uint32, tag = "3")]
         pub damaged: u32,
+        /// The round in which all of these were there.
+        #[prost(uint64, tag = "4")]
+        pub round: u64,
     }
 }
 
@@ -623,6 +847,7 @@ mod tests {
         let request = Request::from(request::Op::PutImage(request::PutImage {
             name: "x".into(),
             record: vec![0; MAX_FRAME].into(),
+            ..request::PutImage::default()
         }));
         assert!(matches!(frame(&request), Err(WireError::TooLong { .. })));
         assert!(frame_len((MAX_FRAME as u32 + 1).to_le_bytes()).is_err());

@@ -80,10 +80,22 @@ fn chunk_bodies() {
         ("chunk-plain.bin", None),
         ("chunk-sealed.bin", Some([5; 12])),
     ] {
-        let body = key.encode(&name, plain, nonce);
+        let body = key.encode(&name, plain, &[], nonce);
         let stored = golden(file, &body);
         assert_eq!(body, stored, "{file}: written differently");
         check(&stored).unwrap();
+        assert_eq!(key.open(&name, &stored).unwrap(), plain);
+    }
+    let links = [common::name(1), common::name(2)];
+    let name = key.name_linked(plain, &links);
+    for (file, nonce) in [
+        ("chunk-linked.bin", None),
+        ("chunk-linked-sealed.bin", Some([7; 12])),
+    ] {
+        let body = key.encode(&name, plain, &links, nonce);
+        let stored = golden(file, &body);
+        assert_eq!(body, stored, "{file}: written differently");
+        assert_eq!(tidepool_proto::body::links(&stored).unwrap(), links);
         assert_eq!(key.open(&name, &stored).unwrap(), plain);
     }
     let plain = b"compressible ".repeat(1000);
@@ -92,7 +104,7 @@ fn chunk_bodies() {
         ("chunk-compressed.bin", None),
         ("chunk-compressed-sealed.bin", Some([6; 12])),
     ] {
-        let stored = golden(file, &key.encode(&name, &plain, nonce));
+        let stored = golden(file, &key.encode(&name, &plain, &[], nonce));
         assert!(stored.len() < 200);
         check(&stored).unwrap();
         assert_eq!(key.open(&name, &stored).unwrap(), plain);

@@ -9,6 +9,7 @@
 //!
 //! Elsewhere on purpose: what is seen ([`crate::look`]), how it is captured ([`crate::capture`]), the rules (`scheduler_core::verdict`).
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,9 +19,9 @@ use tidepool_inspector::look::{Baseline, Look};
 use tidepool_proto::api::TurnInfo;
 use tidepool_proto::manifest::{Manifest, ProcessImage};
 use tidepool_proto::turn::{ExecResult, ExitStatus, TurnRecord, TurnStats, Verdict};
-use tidepool_proto::{CheckpointId, ErrorKind, TurnNo};
+use tidepool_proto::{CheckpointId, ChunkName, ErrorKind, TurnNo};
 use tidepool_scheduler_core::verdict::{FilesSeen, Observation, ProcessPart, Seen, decide};
-use tidepool_store_client::Commit;
+use tidepool_store_client::{Commit, lower_round};
 
 use crate::capture::{Files, MAX_CHANGES, Settled};
 use crate::error::{HostError, Result};
@@ -28,7 +29,7 @@ use crate::history::turn_info;
 use crate::host::{Host, now_ms};
 use crate::look::{evidence, observation};
 use crate::sandbox::{Inner, Live, Sandbox, not_covered};
-use crate::transfer::Upload;
+use crate::transfer::{PIN_AGAIN, Upload, Uploaded};
 
 /// What a boundary is the end of.
 pub(crate) struct Cause {
@@ -136,11 +137,16 @@ impl<'a> Boundary<'a> {
         let taken = this
             .capture(live, &seen, look, &index, last, cause.result, &upload)
             .await;
-        let (taken, (session, sent)) = match (taken, upload.finish().await) {
+        let (taken, uploaded) = match (taken, upload.finish().await) {
             (Ok(taken), Ok(finished)) => (taken, finished),
             // Where sending fails, cutting is cut short: the cause is the sender's.
             (_, Err(e)) | (Err(e), Ok(_)) => return Err(e),
         };
+        let Uploaded {
+            session,
+            sent,
+            names,
+        } = uploaded;
         let Taken {
             captured,
             part,
@@ -257,12 +263,10 @@ impl<'a> Boundary<'a> {
             record: record.clone(),
             manifest: id.zip(encoded),
             session,
+            round: sent.round,
+            base: last.map(|(id, _)| *id),
         };
-        host.transfer
-            .client
-            .commit(commit)
-            .await
-            .map_err(HostError::from)?;
+        this.commit(commit, &names).await?;
         if let Some(session) = session {
             let client = host.transfer.client.clone();
             // Nobody has to wait for it. Where it fails the pins end with the session's time.
@@ -293,6 +297,30 @@ impl<'a> Boundary<'a> {
             inner.last = Some((id, manifest));
         }
         turn_info(&record)
+    }
+
+    /// Commits. Where a collection cut it off, what it rests on is pinned again.
+    async fn commit(&self, mut commit: Commit, names: &HashSet<ChunkName>) -> Result<()> {
+        let first = commit.base.is_none();
+        for _ in 0..PIN_AGAIN {
+            let mut one = commit.clone();
+            // A first checkpoint rests on its image, which must be there still; a later one on the one before it.
+            if first {
+                let image = self.host.image_round(&self.sandbox.record).await?;
+                one.round = lower_round(one.round, image);
+            }
+            match self.host.transfer.client.commit(one).await {
+                Ok(()) => return Ok(()),
+                Err(e) if !e.upload_again() => return Err(e.into()),
+                Err(e) => tracing::info!(error = %e, "a collection began: pinning again"),
+            }
+            let (session, round) = self.host.transfer.pin_again(names).await?;
+            (commit.session, commit.round) = (Some(session), round);
+        }
+        Err(HostError::new(
+            ErrorKind::Unavailable,
+            "collections keep cutting this commit off",
+        ))
     }
 
     /// Captures what has to be captured, cuts it, and offers it to the upload.

@@ -279,7 +279,11 @@ impl Boundary<'_> {
                 .collect();
             let missing = match reused.is_empty() {
                 true => Vec::new(),
-                false => client.pin(session, &reused).await?,
+                false => {
+                    let pinned = client.pin(session, &reused).await?;
+                    upload.rests_on(&reused, pinned.round);
+                    pinned.missing
+                }
             };
             if missing.is_empty() {
                 return Ok(ProcessImage {
@@ -307,7 +311,7 @@ impl Boundary<'_> {
             for piece in bytes.chunks(256 << 10) {
                 let name = key.name(piece);
                 // A failure is the upload's own, which says so when it ends.
-                let _ = sink.chunk(name, piece);
+                let _ = sink.chunk(name, piece, &[]);
                 chunks.push(name);
             }
             let len = bytes.len() as u64;

@@ -11,12 +11,13 @@ use tidepool_fs::TreeKind;
 use tidepool_fs::images::{self as import, ImageError, ImportLimits};
 use tidepool_proto::api::{ImageInfo, ImportImage};
 use tidepool_proto::ids::valid_label;
-use tidepool_proto::{ErrorKind, SessionId, TreeId};
+use tidepool_proto::{ChunkName, ErrorKind, SessionId, TreeId};
 
 use crate::error::{Context, HostError, Result, chain};
 use crate::host::{Host, now_ms};
 use crate::http::Reporter;
-use crate::record::remove_tree;
+use crate::record::{SandboxRecord, remove_tree};
+use crate::transfer::{PIN_AGAIN, Uploaded};
 
 /// Whether `name` may name an image: a label, and perhaps `:` and another.
 fn valid_name(name: &str) -> bool {
@@ -89,7 +90,11 @@ impl Host {
         })
         .await?;
         // The upload's own error, where there is one, is the cause of the reader's.
-        let (session, sent) = upload.finish().await?;
+        let Uploaded {
+            session,
+            sent,
+            names,
+        } = upload.finish().await?;
         let imported = imported.map_err(|e| {
             HostError::new(
                 import_kind(&e),
@@ -129,12 +134,42 @@ impl Host {
             std::fs::rename(&staged.0, &place).context("placing the unpacked image")?;
         }
         let record = serde_json::to_vec(&info).expect("an image has only text keys");
-        self.transfer
-            .client
-            .put_image(&request.name, record)
-            .await?;
+        let mut round = sent.round;
+        let mut tries = 0;
+        loop {
+            let roots = [ChunkName(info.tree.0)];
+            let client = &self.transfer.client;
+            match client
+                .put_image(&request.name, record.clone(), &roots, round)
+                .await
+            {
+                Ok(()) => break,
+                Err(e) if e.upload_again() && tries < PIN_AGAIN => {
+                    tracing::info!(error = %e, "a collection began: pinning again");
+                }
+                Err(e) => return Err(e.into()),
+            }
+            let (fresh, now) = self.transfer.pin_again(&names).await?;
+            self.end_session(Some(fresh)).await?;
+            round = now;
+            tries += 1;
+        }
         self.end_session(session).await?;
         Ok(info)
+    }
+
+    /// The round in which the image of a sandbox was seen to be there.
+    pub(crate) async fn image_round(&self, record: &SandboxRecord) -> Result<u64> {
+        let found = self.transfer.client.image_at(&record.image_name).await?;
+        match found {
+            Some((bytes, round)) if decode(&record.image_name, &bytes)?.tree == record.image => {
+                Ok(round)
+            }
+            _ => Err(HostError::not_found(format!(
+                "the image {} that sandbox {} was made from is not there any more",
+                record.image_name, record.name
+            ))),
+        }
     }
 
     async fn end_session(&self, session: Option<SessionId>) -> Result<()> {

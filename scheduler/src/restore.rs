@@ -24,6 +24,7 @@ use crate::http::Reporter;
 use crate::life::runtime_name;
 use crate::record::{LocalRecord, SandboxRecord};
 use crate::sandbox::{Inner, Live, Sandbox};
+use crate::transfer::PIN_AGAIN;
 
 impl Host {
     /// Restores a sandbox that died, or an older checkpoint of it.
@@ -146,6 +147,8 @@ impl Host {
             record: record.encode(),
             manifest: None,
             session: None,
+            round: 0,
+            base: Some(checkpoint),
         };
         self.transfer.client.commit(commit).await?;
         inner.turn = turn;
@@ -234,6 +237,29 @@ impl Host {
         live.committed = index.clone();
         live.index = index;
         Ok((live, fetched))
+    }
+
+    /// Commits a fork's first checkpoint. It needs the chunks of the one that it came from, so it rests on the round in which that was there.
+    async fn commit_fork(
+        &self,
+        from: SandboxId,
+        checkpoint: CheckpointId,
+        mut commit: Commit,
+    ) -> Result<()> {
+        let client = &self.transfer.client;
+        for _ in 0..PIN_AGAIN {
+            commit.round = client.manifest_at(from, checkpoint).await?.1;
+            match client.commit(commit.clone()).await {
+                Err(e) if e.upload_again() => {
+                    tracing::info!(error = %e, "a collection began: looking again");
+                }
+                other => return Ok(other?),
+            }
+        }
+        Err(HostError::new(
+            ErrorKind::Unavailable,
+            "collections keep cutting this fork off",
+        ))
     }
 
     /// Makes a new sandbox from a checkpoint of another.
@@ -333,8 +359,10 @@ impl Host {
                 record: record.encode(),
                 manifest: Some((own_id, encoded)),
                 session: None,
+                round: 0,
+                base: None,
             };
-            client.commit(commit).await?;
+            self.commit_fork(from.id, checkpoint, commit).await?;
             inner.turn = TurnNo(1);
             let (live, fetched) = self
                 .materialise_and_start(&sandbox, &inner, &own, &report)

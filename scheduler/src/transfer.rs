@@ -4,7 +4,8 @@
 //! lacks and puts them. A chunk is offered once an upload, whatever how often it is cut. Down: [`Fetcher`] gets bodies in batches and
 //! opens each with the domain's key, so that nothing unverified reaches a disk.
 //!
-//! Invariant: [`Upload::finish`] returns only when every offered name is pinned and its body acknowledged as durable; a manifest is committed after that, never before.
+//! Invariant: [`Upload::finish`] returns only when every offered name is pinned and its body acknowledged as durable; a manifest is committed after that, never before, and
+//! names the lowest round of all those answers, so that a collection which began meanwhile is found out ([`Transfer::pin_again`]).
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tidepool_fs::{ChunkSink, ChunkSource, SinkError, SourceError};
 use tidepool_proto::{ChunkName, DomainKey, ErrorKind, SessionId};
-use tidepool_store_client::Client;
+use tidepool_store_client::{Client, lower_round};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -27,6 +28,8 @@ const BATCH_NAMES: usize = 512;
 const BATCH_BYTES: usize = 4 << 20;
 /// Chunks that may wait between the cutter and the sender; with chunks of at most 1 MiB this bounds memory.
 const QUEUE: usize = 64;
+/// How often a commit that collections cut off is sent again.
+pub(crate) const PIN_AGAIN: usize = 3;
 
 impl From<tidepool_store_client::ClientError> for HostError {
     fn from(e: tidepool_store_client::ClientError) -> Self {
@@ -50,6 +53,8 @@ pub struct Sent {
     pub bytes: u64,
     /// Chunks sent.
     pub chunks: u64,
+    /// The lowest round of the store's answers: what the commit of this rests on. 0 where nothing was asked.
+    pub round: u64,
 }
 
 impl Transfer {
@@ -63,6 +68,7 @@ impl Transfer {
             session,
             used,
             offered: Arc::default(),
+            pinned: Mutex::default(),
             tx,
             task,
         }
@@ -77,6 +83,24 @@ impl Transfer {
         }
     }
 
+    /// Pins everything that a commit rests on anew, after a collection cut it off: what is still there, as nearly all is, is kept by that, and the commit can be sent
+    /// again with the new session and round. What is not there any more has to be captured again, which the error says.
+    pub async fn pin_again(&self, names: &HashSet<ChunkName>) -> Result<(SessionId, u64)> {
+        let session = SessionId(rand::random());
+        let names: Vec<ChunkName> = names.iter().copied().collect();
+        let pinned = self.client.pin(session, &names).await?;
+        match pinned.missing.first() {
+            None => Ok((session, pinned.round)),
+            Some(gone) => Err(HostError::new(
+                ErrorKind::Unavailable,
+                format!(
+                    "{} chunks, {gone} among them, were collected before they were committed: they have to be captured again",
+                    pinned.missing.len()
+                ),
+            )),
+        }
+    }
+
     fn seal_nonce(&self) -> Option<[u8; 12]> {
         self.seal.then(rand::random)
     }
@@ -88,8 +112,17 @@ pub struct Upload {
     /// Whether the store has heard of the session.
     used: Arc<AtomicBool>,
     offered: Arc<Mutex<HashSet<ChunkName>>>,
-    tx: mpsc::Sender<(ChunkName, Bytes)>,
+    /// Pinned past the sinks, and the lowest round of that.
+    pinned: Mutex<(HashSet<ChunkName>, u64)>,
+    tx: mpsc::Sender<Offer>,
     task: JoinHandle<Result<Sent>>,
+}
+
+/// A chunk on its way to the store.
+struct Offer {
+    name: ChunkName,
+    plain: Bytes,
+    links: Vec<ChunkName>,
 }
 
 impl Upload {
@@ -106,6 +139,13 @@ impl Upload {
         self.session
     }
 
+    /// Says that the commit rests on chunks that were pinned past the sinks, and on the round of that answer.
+    pub fn rests_on(&self, names: &[ChunkName], round: u64) {
+        let mut pinned = lock(&self.pinned);
+        pinned.0.extend(names);
+        pinned.1 = lower_round(pinned.1, round);
+    }
+
     /// The names offered so far.
     pub fn offered(&self) -> HashSet<ChunkName> {
         lock(&self.offered).clone()
@@ -116,29 +156,55 @@ impl Upload {
         self.used.store(true, Ordering::Relaxed);
     }
 
-    /// Waits until everything offered is durable in the store. All sinks must have been dropped. No session where nothing was offered.
-    pub async fn finish(self) -> Result<(Option<SessionId>, Sent)> {
+    /// Waits until everything offered is durable in the store. All sinks must have been dropped.
+    pub async fn finish(self) -> Result<Uploaded> {
         drop(self.tx);
-        let sent = self.task.await??;
-        Ok((
-            self.used.load(Ordering::Relaxed).then_some(self.session),
+        let mut sent = self.task.await??;
+        let mut names = std::mem::take(&mut *lock(&self.offered));
+        let (pinned, round) = std::mem::take(&mut *lock(&self.pinned));
+        names.extend(pinned);
+        sent.round = lower_round(sent.round, round);
+        let session = self.used.load(Ordering::Relaxed).then_some(self.session);
+        Ok(Uploaded {
+            session,
             sent,
-        ))
+            names,
+        })
     }
+}
+
+/// An upload that is complete.
+#[derive(Debug)]
+pub struct Uploaded {
+    /// None where nothing was offered.
+    pub session: Option<SessionId>,
+    pub sent: Sent,
+    /// Every name that a commit of this may rest on.
+    pub names: HashSet<ChunkName>,
 }
 
 /// The cutting side of an upload.
 pub struct UploadSink {
-    tx: mpsc::Sender<(ChunkName, Bytes)>,
+    tx: mpsc::Sender<Offer>,
     offered: Arc<Mutex<HashSet<ChunkName>>>,
 }
 
 impl ChunkSink for UploadSink {
-    fn chunk(&mut self, name: ChunkName, plain: &[u8]) -> Result<(), SinkError> {
+    fn chunk(
+        &mut self,
+        name: ChunkName,
+        plain: &[u8],
+        links: &[ChunkName],
+    ) -> Result<(), SinkError> {
         let fresh = lock(&self.offered).insert(name);
         if fresh {
+            let offer = Offer {
+                name,
+                plain: Bytes::copy_from_slice(plain),
+                links: links.to_vec(),
+            };
             self.tx
-                .blocking_send((name, Bytes::copy_from_slice(plain)))
+                .blocking_send(offer)
                 // The sender stopped at an error of its own, which `finish` reports.
                 .map_err(|_| SinkError::new(name, "the upload was cut short"))?;
         }
@@ -149,7 +215,7 @@ impl ChunkSink for UploadSink {
 async fn send_all(
     transfer: Transfer,
     session: SessionId,
-    mut rx: mpsc::Receiver<(ChunkName, Bytes)>,
+    mut rx: mpsc::Receiver<Offer>,
     used: Arc<AtomicBool>,
 ) -> Result<Sent> {
     let mut sent = Sent::default();
@@ -157,41 +223,38 @@ async fn send_all(
         let mut batch = Vec::new();
         let mut bytes = 0;
         let mut next = Some(first);
-        while let Some((name, plain)) = next.take() {
-            bytes += plain.len();
-            batch.push((name, plain));
+        while let Some(offer) = next.take() {
+            bytes += offer.plain.len();
+            batch.push(offer);
             if batch.len() < BATCH_NAMES && bytes < BATCH_BYTES {
                 next = rx.try_recv().ok();
             }
         }
         used.store(true, Ordering::Relaxed);
-        let names: Vec<ChunkName> = batch.iter().map(|(n, _)| *n).collect();
-        let missing: HashSet<ChunkName> = transfer
-            .client
-            .pin(session, &names)
-            .await?
-            .into_iter()
-            .collect();
+        let names: Vec<ChunkName> = batch.iter().map(|o| o.name).collect();
+        let pinned = transfer.client.pin(session, &names).await?;
+        sent.round = lower_round(sent.round, pinned.round);
+        let missing: HashSet<ChunkName> = pinned.missing.into_iter().collect();
         if missing.is_empty() {
             continue;
         }
-        batch.retain(|(n, _)| missing.contains(n));
+        batch.retain(|o| missing.contains(&o.name));
         let sealing = transfer.clone();
         let bodies: Vec<(ChunkName, Bytes)> = tokio::task::spawn_blocking(move || {
             batch
                 .into_iter()
-                .map(|(n, plain)| {
-                    (
-                        n,
-                        sealing.key.encode(&n, &plain, sealing.seal_nonce()).into(),
-                    )
+                .map(|o| {
+                    let nonce = sealing.seal_nonce();
+                    let body = sealing.key.encode(&o.name, &o.plain, &o.links, nonce);
+                    (o.name, body.into())
                 })
                 .collect()
         })
         .await?;
         sent.bytes += bodies.iter().map(|(_, b)| b.len() as u64).sum::<u64>();
         sent.chunks += bodies.len() as u64;
-        transfer.client.put(session, bodies).await?;
+        let put = transfer.client.put(session, bodies).await?;
+        sent.round = lower_round(sent.round, put.round);
     }
     Ok(sent)
 }

@@ -19,7 +19,7 @@ fn chunk(seed: usize) -> (ChunkName, Bytes) {
     hasher.finalize_xof().fill(&mut plain);
     let key = DomainKey::new([1; 32]);
     let name = key.name(&plain);
-    (name, key.encode(&name, &plain, None).into())
+    (name, key.encode(&name, &plain, &[], None).into())
 }
 
 fn commit(sandbox: SandboxId, turn: u64) -> Commit {
@@ -46,6 +46,8 @@ fn commit(sandbox: SandboxId, turn: u64) -> Commit {
         record: record.encode(),
         manifest: Some((checkpoint, manifest)),
         session: None,
+        round: 1,
+        base: None,
     }
 }
 
@@ -78,7 +80,7 @@ async fn main() -> anyhow::Result<()> {
     }
     rate("put, 32 MiB a call", CHUNK * CHUNKS, took);
     let start = Instant::now();
-    let missing = client.pin(session, &names).await?;
+    let missing = client.pin(session, &names).await?.missing;
     println!(
         "pin of {} known names: {:?}, {} missing",
         names.len(),

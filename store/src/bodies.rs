@@ -1,82 +1,50 @@
 //! Chunk bodies. They are written once, before the log entry that names them is proposed, and never change.
 //!
-//! The promise of [`BodyStore::put`]: when it returns, the bodies are durable *no later than the next synced write of the log*. So an
-//! entry that names them, written after, is never durable without them. Small batches go through RocksDB's write-ahead log and share
-//! that sync; large ones skip it and are flushed, which writes them once instead of twice.
+//! The promise of [`BodyStore::put`]: when it returns, the bodies are durable, and promised *no later than the next synced write of the
+//! database's log*: an entry of a raft log that names them, written after, is never durable without them. How they are kept is
+//! [`crate::segments`]'.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use tidepool_proto::ChunkName;
-use tidepool_proto::body::check;
 use tokio::sync::oneshot;
 
-use crate::db::{Db, DbError};
+use crate::db::DbError;
 use crate::driver::Handle;
+use crate::segments::Place;
 
-/// From this many bytes on a batch is flushed.
-const FLUSH_AT: usize = 1 << 20;
 /// The most bytes of one batch.
 const BATCH: usize = 32 << 20;
-/// Flushing one column family leaves a piece of write-ahead log behind, until the others are flushed too.
-const FLUSHES_PER_CLEANUP: u64 = 64;
-const MAX_DAMAGED: usize = 1 << 16;
+/// The most damaged bodies that are remembered.
+pub(crate) const MAX_DAMAGED: usize = 1 << 16;
+
+/// Names and where their bodies are.
+pub type Page = Vec<(ChunkName, Option<Place>)>;
 
 /// Where bodies are kept.
 pub trait BodyStore: Send + Sync + 'static {
-    /// Stores bodies: durable no later than the next synced write of the log.
+    /// Stores bodies that were checked, in place of what was stored under their names: durable on return, promised with the next
+    /// synced write of the database's log. `Full` promises nothing and may be tried again.
     fn put(&self, bodies: &[(ChunkName, Bytes)]) -> Result<(), DbError>;
     /// A body as it was stored, or `Corruption` where it is not that any more.
     fn get(&self, name: &ChunkName) -> Result<Option<Vec<u8>>, DbError>;
-}
-
-/// Bodies in RocksDB's blob files.
-pub struct RocksBodies {
-    db: Db,
-    flushes: AtomicU64,
-}
-
-impl RocksBodies {
-    /// Bodies in this database.
-    pub fn new(db: Db) -> Self {
-        Self {
-            db,
-            flushes: AtomicU64::new(0),
-        }
-    }
-}
-
-impl BodyStore for RocksBodies {
-    fn put(&self, bodies: &[(ChunkName, Bytes)]) -> Result<(), DbError> {
-        let mut batch = self.db.batch()?;
-        let mut bytes = 0;
-        for (name, body) in bodies {
-            bytes += body.len();
-            batch.put_body(&name.0, body);
-        }
-        if bytes < FLUSH_AT {
-            return self.db.write(batch.finish(), false);
-        }
-        self.db.write_bodies_flushed(batch.finish())?;
-        if self.flushes.fetch_add(1, Relaxed) % FLUSHES_PER_CLEANUP == FLUSHES_PER_CLEANUP - 1 {
-            self.db.flush_all()?;
-        }
-        Ok(())
-    }
-
-    fn get(&self, name: &ChunkName) -> Result<Option<Vec<u8>>, DbError> {
-        let Some(body) = self.db.body(&name.0)? else {
-            return Ok(None);
-        };
-        match check(&body) {
-            Ok(_) => Ok(Some(body)),
-            Err(e) => Err(DbError::Corruption(format!("chunk {name} is damaged: {e}"))),
-        }
-    }
+    /// Which of these are stored, unread: one that is damaged counts as stored until someone reads it.
+    fn has(&self, names: &[ChunkName]) -> Result<Vec<bool>, DbError>;
+    /// Deletes bodies, durable with the next synced write of the database's log; their space comes back soon after. Names that are
+    /// not there are no error.
+    fn delete(&self, names: &[ChunkName]) -> Result<(), DbError>;
+    /// Where a body is, if it is stored: a body that is put again is at another place.
+    fn place(&self, name: &ChunkName) -> Result<Option<Place>, DbError>;
+    /// What is stored under the names after `after`, in their order, at most `max`. No place: the index entry is damaged.
+    fn page(&self, after: Option<&ChunkName>, max: usize) -> Result<Page, DbError>;
+    /// Remembers that a stored body is damaged and that no copy was found; a later put or delete of it ends that.
+    fn quarantine(&self, name: &ChunkName, why: &str) -> Result<(), DbError>;
+    /// What is in quarantine and why, at most `max`.
+    fn quarantined(&self, max: usize) -> Result<Vec<(ChunkName, String)>, DbError>;
 }
 
 struct Job {

@@ -1,7 +1,10 @@
-//! The database: one RocksDB with a column family for raft logs, one for the groups' states and one for bodies.
+//! The database: one RocksDB with a column family for raft logs, one for the groups' states, and two for the index of bodies, which
+//! are in files of their own (see [`crate::segments`]).
 //!
-//! One write-ahead log orders everything, so a batch written without a sync is durable no later than the next batch with one. Bodies
-//! in large batches skip that log and are flushed instead (see [`crate::bodies`]).
+//! One write-ahead log orders everything, so a batch written without a sync is durable no later than the next batch with one.
+//!
+//! Memory is bounded: one cache for all families, which also holds the indexes and filters of tables; a bounded size of unflushed
+//! tables; a bounded number of open files.
 //!
 //! Values of states carry a checksum over key and value beside RocksDB's own: a value that is damaged anywhere on its way, or stands at
 //! another key, is an error and never an answer. A damaged write-ahead log stops the start; only a record cut off at its very end
@@ -10,9 +13,9 @@
 use std::path::{Path, PathBuf};
 
 use rocksdb::{
-    BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType,
-    DBRecoveryMode, DBWithThreadMode, Direction, IteratorMode, MultiThreaded, Options, ReadOptions,
-    WriteBatch, WriteOptions,
+    BlockBasedIndexType, BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor,
+    DBCompressionType, DBRecoveryMode, DBWithThreadMode, Direction, IteratorMode, MultiThreaded,
+    Options, ReadOptions, WriteBatch, WriteOptions,
 };
 use std::sync::Arc;
 
@@ -20,8 +23,13 @@ use crate::error::StoreError;
 
 const STATE: &str = "state";
 const RAFT: &str = "raft";
-const BODIES: &str = "bodies";
+/// Names of bodies to their places.
+pub(crate) const BODIES: &str = "bodies";
+/// Rows of segments.
+pub(crate) const SEGMENTS: &str = "segments";
 const SUM: usize = 4;
+/// Bytes of the cache of all families.
+const CACHE: usize = 192 << 20;
 
 /// A failed read or write.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,13 +65,20 @@ pub type Value = Result<Vec<u8>, DbError>;
 /// The node's database. Clones share it.
 #[derive(Clone)]
 pub struct Db {
-    inner: Arc<DBWithThreadMode<MultiThreaded>>,
+    pub(crate) inner: Arc<DBWithThreadMode<MultiThreaded>>,
     path: Arc<PathBuf>,
 }
 
 fn table_options(cache: &Cache) -> Options {
     let mut block = BlockBasedOptions::default();
     block.set_block_cache(cache);
+    // Without this the filters and indexes of a large store are outside of every bound. In partitions: those of a whole table are larger than
+    // a shard of the cache, and would be read again for every key.
+    block.set_cache_index_and_filter_blocks(true);
+    block.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    block.set_partition_filters(true);
+    block.set_pin_top_level_index_and_filter(true);
+    block.set_pin_l0_filter_and_index_blocks_in_cache(true);
     block.set_bloom_filter(10.0, false);
     block.set_format_version(5);
     let mut options = Options::default();
@@ -76,7 +91,7 @@ fn table_options(cache: &Cache) -> Options {
 impl Db {
     /// Opens the database in `path`, or makes it.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let cache = Cache::new_lru_cache(64 << 20);
+        let cache = Cache::new_lru_cache(CACHE);
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
@@ -84,23 +99,16 @@ impl Db {
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
         options.set_max_total_wal_size(256 << 20);
         options.set_max_background_jobs(2);
-        options.set_max_open_files(2048);
+        options.set_max_open_files(512);
+        options.set_db_write_buffer_size(96 << 20);
         options.set_keep_log_file_num(4);
         options.set_max_log_file_size(4 << 20);
-        let mut bodies = table_options(&cache);
-        bodies.set_enable_blob_files(true);
-        bodies.set_min_blob_size(512);
-        bodies.set_blob_file_size(256 << 20);
-        // Bodies never change: until something is deleted, moving them in compactions only writes them again.
-        bodies.set_enable_blob_gc(false);
-        bodies.set_write_buffer_size(64 << 20);
-        bodies.set_level_zero_slowdown_writes_trigger(40);
-        bodies.set_level_zero_stop_writes_trigger(64);
         let families = [
             ColumnFamilyDescriptor::new("default", table_options(&cache)),
             ColumnFamilyDescriptor::new(RAFT, table_options(&cache)),
             ColumnFamilyDescriptor::new(STATE, table_options(&cache)),
-            ColumnFamilyDescriptor::new(BODIES, bodies),
+            ColumnFamilyDescriptor::new(BODIES, table_options(&cache)),
+            ColumnFamilyDescriptor::new(SEGMENTS, table_options(&cache)),
         ];
         let inner =
             DBWithThreadMode::open_cf_descriptors(&options, path, families).map_err(|source| {
@@ -120,7 +128,7 @@ impl Db {
         &self.path
     }
 
-    fn family(&self, name: &str) -> Result<Arc<BoundColumnFamily<'_>>, DbError> {
+    pub(crate) fn family(&self, name: &str) -> Result<Arc<BoundColumnFamily<'_>>, DbError> {
         self.inner
             .cf_handle(name)
             .ok_or_else(|| DbError::Failed(format!("the database has no column family {name}")))
@@ -131,7 +139,6 @@ impl Db {
         Ok(Batch {
             raft: self.family(RAFT)?,
             state: self.family(STATE)?,
-            bodies: self.family(BODIES)?,
             inner: WriteBatch::default(),
         })
     }
@@ -143,22 +150,9 @@ impl Db {
         Ok(self.inner.write_opt(batch, &options)?)
     }
 
-    /// Writes a batch of bodies past the log, and flushes them: durable on return.
-    pub fn write_bodies_flushed(&self, batch: WriteBatch) -> Result<(), DbError> {
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        self.inner.write_opt(batch, &options)?;
-        Ok(self.inner.flush_cf(&self.family(BODIES)?)?)
-    }
-
-    /// A body, unchecked.
-    pub fn body(&self, name: &[u8]) -> Result<Option<Vec<u8>>, DbError> {
-        let mut options = ReadOptions::default();
-        // Bodies have a checksum of their own, and they would push everything else out of the cache.
-        options.fill_cache(false);
-        Ok(self
-            .inner
-            .get_cf_opt(&self.family(BODIES)?, name, &options)?)
+    /// Makes everything that was written durable.
+    pub fn sync_log(&self) -> Result<(), DbError> {
+        Ok(self.inner.flush_wal(true)?)
     }
 
     /// A value of the raft family.
@@ -223,7 +217,7 @@ impl Db {
 
     /// Writes everything in memory to disk.
     pub fn flush_all(&self) -> Result<(), DbError> {
-        for name in [RAFT, STATE, BODIES] {
+        for name in [RAFT, STATE, BODIES, SEGMENTS] {
             self.inner.flush_cf(&self.family(name)?)?;
         }
         Ok(self.inner.flush_wal(true)?)
@@ -234,7 +228,6 @@ impl Db {
 pub struct Batch<'a> {
     raft: Arc<BoundColumnFamily<'a>>,
     state: Arc<BoundColumnFamily<'a>>,
-    bodies: Arc<BoundColumnFamily<'a>>,
     inner: WriteBatch,
 }
 
@@ -264,10 +257,6 @@ impl Batch<'_> {
         self.inner.delete_range_cf(&self.state, from, to);
     }
 
-    pub fn put_body(&mut self, name: &[u8], body: &[u8]) {
-        self.inner.put_cf(&self.bodies, name, body);
-    }
-
     pub fn is_empty(&self) -> bool {
         self.inner.is_empty()
     }
@@ -294,14 +283,14 @@ fn sum(key: &[u8], value: &[u8]) -> [u8; SUM] {
     out
 }
 
-fn seal(key: &[u8], value: &[u8]) -> Vec<u8> {
+pub(crate) fn seal(key: &[u8], value: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(value.len() + SUM);
     out.extend_from_slice(value);
     out.extend_from_slice(&sum(key, value));
     out
 }
 
-fn unseal(key: &[u8], mut value: Vec<u8>) -> Result<Vec<u8>, DbError> {
+pub(crate) fn unseal(key: &[u8], mut value: Vec<u8>) -> Result<Vec<u8>, DbError> {
     let at = value.len().checked_sub(SUM);
     match at {
         Some(at) if sum(key, &value[..at]) == value[at..] => {

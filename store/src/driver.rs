@@ -489,10 +489,10 @@ fn run_command(group: u32, view: &StateView<'_>, data: &[u8]) -> Outcome {
     match Command::decode(data) {
         Ok(command) => apply(kind, view, &command),
         Err(e) => Outcome {
-            result: Err(Refusal {
-                kind: ErrorKind::Corruption,
-                text: format!("a log entry is not a command: {e}"),
-            }),
+            result: Err(Refusal::new(
+                ErrorKind::Corruption,
+                format!("a log entry is not a command: {e}"),
+            )),
             writes: Vec::new(),
         },
     }

@@ -16,20 +16,24 @@ use tidepool_store_core::ShardMap;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::bodies::{BodyWriter, Damaged, RocksBodies};
+use crate::bodies::{BodyWriter, Damaged, MAX_DAMAGED};
 use crate::config::{Identity, NodeConfig};
 use crate::db::Db;
 use crate::driver::{Driver, Handle};
 use crate::error::StoreError;
+use crate::gc::Collector;
+use crate::holds::Holds;
 use crate::member::{self, Member};
 use crate::peers::{PeerInbox, Peers};
 use crate::pki::{self, Pki};
 use crate::raft::{Group, GroupConfig};
 use crate::requests::Shared;
 use crate::roles::Role;
+use crate::scrub::{NoPeers, PeerBodies, Scrubber};
+use crate::segments::{SegmentOptions, Segments};
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
-use crate::{cluster, join, logs, server, sessions};
+use crate::{cluster, gc, join, logs, scrub, server, sessions};
 
 /// How long a node waits at start until its groups answer.
 const START: Duration = Duration::from_secs(30);
@@ -57,6 +61,14 @@ impl Node {
     /// Makes or opens the data directory, and serves. A node that is its whole cluster returns when every group answers, another one at
     /// once. Needs a tokio runtime with more than one thread or blocking threads, which runs the node's tasks until [`Node::shutdown`].
     pub async fn start(cfg: NodeConfig) -> Result<Node, StoreError> {
+        Self::start_with(cfg, Arc::new(NoPeers)).await
+    }
+
+    /// The same with other nodes' copies of bodies, from which damaged ones are mended.
+    pub async fn start_with(
+        cfg: NodeConfig,
+        copies: Arc<dyn PeerBodies>,
+    ) -> Result<Node, StoreError> {
         let opening = cfg.clone();
         let opened = tokio::task::spawn_blocking(move || open(&opening))
             .await
@@ -70,12 +82,19 @@ impl Node {
             seeds,
         } = opened;
         let alone = groups.iter().all(Group::is_alone) && !groups.is_empty();
+        let bodies_dir = cfg.data_dir.join("bodies");
+        let bodies_db = db.clone();
+        let bodies = tokio::task::spawn_blocking(move || {
+            Segments::open(bodies_db, &bodies_dir, SegmentOptions::default())
+        })
+        .await
+        .map_err(|e| StoreError::Stopped(e.to_string()))??;
+        let bodies = Arc::new(bodies);
         let counters = Arc::new(Counters::default());
         let (failed_tx, failed) = watch::channel(None);
         let thread = |e| StoreError::io("thread", e);
         let (driver, driver_thread) =
             Driver::start(db.clone(), groups, counters.clone(), failed_tx).map_err(thread)?;
-        let bodies = Arc::new(RocksBodies::new(db.clone()));
         let (writer, writer_thread) =
             BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
         let (endpoint, local) = listen(&cfg, &pki)?;
@@ -95,8 +114,20 @@ impl Node {
             writer,
             damaged: Damaged::default(),
             space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
+            holds: Holds::default(),
+            collector: Collector::default(),
+            scrubber: Scrubber::new(copies),
             counters,
         });
+        // What is known to be damaged counts as missing.
+        for (name, why) in shared
+            .bodies
+            .quarantined(MAX_DAMAGED)
+            .map_err(|e| StoreError::Damaged(e.to_string()))?
+        {
+            tracing::error!(chunk = %name, why, "in quarantine: damaged, and no good copy was found");
+            shared.damaged.add(name);
+        }
         let member = Member {
             addr: cfg.advertise.unwrap_or(local),
             zone: cfg.zone.clone(),
@@ -105,6 +136,8 @@ impl Node {
         let mut tasks = JoinSet::new();
         tasks.spawn(server::run(endpoint.clone(), shared.clone()));
         tasks.spawn(sessions::expire(shared.clone()));
+        tasks.spawn(gc::serve(shared.clone()));
+        tasks.spawn(scrub::serve(shared.clone()));
         tasks.spawn(member::run(shared.clone(), member));
         let identity = pki.issue(Role::Host, pki::CLIENT)?;
         let node = Node {

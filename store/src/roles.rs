@@ -68,8 +68,16 @@ fn who(op: &Op) -> Who {
         | Op::UpdateSandboxMeta(_)
         | Op::Commit(_)
         | Op::PutImage(_) => Who::Hosts,
-        Op::IssueToken(_) | Op::ChangeNode(_) => Who::Operators,
-        Op::Propose(_) => Who::Nodes,
+        Op::Policies(_) | Op::Kept(_) | Op::GcStatus(_) | Op::ScrubStatus(_) => Who::All,
+        Op::IssueToken(_)
+        | Op::ChangeNode(_)
+        | Op::GcRun(_)
+        | Op::ScrubStart(_)
+        | Op::KeepCheckpoint(_)
+        | Op::RemoveCheckpoints(_)
+        | Op::SetPolicies(_)
+        | Op::LabelSandbox(_) => Who::Operators,
+        Op::Propose(_) | Op::GcRoots(_) | Op::GcLinks(_) | Op::GcOld(_) => Who::Nodes,
         Op::Join(_) => Who::Joining,
     }
 }

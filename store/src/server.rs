@@ -200,6 +200,7 @@ pub(crate) fn error(kind: ErrorKind, text: String, again: bool) -> Response {
         kind: wire::kind_code(kind),
         text,
         again,
+        upload_again: false,
     })
     .into()
 }

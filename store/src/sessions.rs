@@ -1,4 +1,4 @@
-//! Ends the sessions of uploads that died: their pins would keep chunks for ever.
+//! Ends the sessions of uploads that died: collections would wait for them.
 
 use std::sync::Arc;
 use std::time::Duration;

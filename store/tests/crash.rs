@@ -29,7 +29,7 @@ async fn put_chunks(client: Client, acked: Arc<Mutex<Acked>>, seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     let session = SessionId(rng.random());
     loop {
-        // Small batches go through the write-ahead log, large ones are flushed past it.
+        // Small batches are copied together, large ones are written in pieces.
         let bodies: Vec<_> = if rng.random_ratio(1, 4) {
             (0..3).map(|_| chunk(rng.random(), 600_000)).collect()
         } else {

@@ -15,21 +15,21 @@ async fn chunks_are_pinned_put_and_read() {
     let bodies: Vec<_> = (0..200).map(|i| chunk(i, 1 + i as usize * 997)).collect();
     let names: Vec<_> = bodies.iter().map(|(n, _)| *n).collect();
 
-    assert!(client.pin(s, &[]).await.unwrap().is_empty());
+    assert!(client.pin(s, &[]).await.unwrap().missing.is_empty());
     assert_eq!(client.put(s, vec![]).await.unwrap().stored, 0);
     assert!(client.get(&[]).await.unwrap().is_empty());
     client.end_session(s).await.unwrap();
 
     let mut doubled = names.clone();
     doubled.extend(&names);
-    assert_eq!(client.pin(s, &doubled).await.unwrap(), names);
+    assert_eq!(client.pin(s, &doubled).await.unwrap().missing, names);
     let mut doubled = bodies.clone();
     doubled.extend(bodies.clone());
     let put = client.put(s, doubled).await.unwrap();
     assert_eq!((put.stored, put.present), (200, 0));
     let put = client.put(s, bodies.clone()).await.unwrap();
     assert_eq!((put.stored, put.present, put.stored_bytes), (0, 200, 0));
-    assert!(client.pin(s, &names).await.unwrap().is_empty());
+    assert!(client.pin(s, &names).await.unwrap().missing.is_empty());
 
     let mut asked = names.clone();
     asked.reverse();
@@ -77,7 +77,7 @@ async fn large_uploads_are_split() {
             ChunkName(name)
         })
         .collect();
-    assert_eq!(client.pin(session(3), &many).await.unwrap(), many);
+    assert_eq!(client.pin(session(3), &many).await.unwrap().missing, many);
     client.end_session(session(3)).await.unwrap();
     node.shutdown().await;
 }
@@ -122,6 +122,8 @@ async fn sandboxes_commit_turns_and_keep_them_over_a_restart() {
         record: record(TurnNo(5), "back", checkpoint),
         manifest: None,
         session: None,
+        round: 1,
+        base: None,
     };
     let e = client
         .commit(clean(CheckpointId([0; 32])))
@@ -134,7 +136,10 @@ async fn sandboxes_commit_turns_and_keep_them_over_a_restart() {
         .update_sandbox_meta(id, one, b"new".to_vec())
         .await
         .unwrap();
-    client.put_image("base:1", b"image".to_vec()).await.unwrap();
+    client
+        .put_image("base:1", b"image".to_vec(), &[], 0)
+        .await
+        .unwrap();
     node.shutdown().await;
 
     let node = start(dir.path()).await;
@@ -242,7 +247,7 @@ async fn images_and_lists_of_many() {
     for i in 0..40u8 {
         let record = vec![i; 200 << 10];
         client
-            .put_image(&format!("image-{i:02}"), record)
+            .put_image(&format!("image-{i:02}"), record, &[], 0)
             .await
             .unwrap();
     }
@@ -257,17 +262,20 @@ async fn images_and_lists_of_many() {
                 && r[0] == i as u8)
     );
     client
-        .put_image("image-00", vec![0; 200 << 10])
+        .put_image("image-00", vec![0; 200 << 10], &[], 0)
         .await
         .unwrap();
-    let e = client.put_image("image-00", vec![1]).await.unwrap_err();
+    let e = client
+        .put_image("image-00", vec![1], &[], 0)
+        .await
+        .unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Conflict);
     client.remove_image("image-00").await.unwrap();
     let e = client.remove_image("image-00").await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::NotFound);
     assert_eq!(client.image("image-00").await.unwrap(), None);
     let e = client
-        .put_image("big", vec![0; 300 << 10])
+        .put_image("big", vec![0; 300 << 10], &[], 0)
         .await
         .unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Invalid);

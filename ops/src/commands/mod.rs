@@ -1,9 +1,11 @@
 //! The commands, one module for each noun.
 
 pub(crate) mod checkpoint;
+pub(crate) mod gc;
 pub(crate) mod image;
 pub(crate) mod node;
 pub(crate) mod restore;
+pub(crate) mod retention;
 pub(crate) mod sandbox;
 pub(crate) mod status;
 pub(crate) mod turn;

@@ -7,6 +7,7 @@
 //! by itself. A tree that was restored and is captured again therefore has the same root, whatever the file system made of its holes.
 
 use fastcdc::v2020::{FastCDC, Normalization};
+use tidepool_proto::codec::Linked;
 use tidepool_proto::recipe::{BlobRef, MAX_RECIPE_LEN, MAX_SEGMENTS, Recipe, Segment};
 use tidepool_proto::tree::{Content, MAX_INLINE, MAX_INLINE_SEGMENTS};
 use tidepool_proto::{ChunkName, DomainKey};
@@ -37,8 +38,8 @@ pub enum CutError<E> {
     BlobTooLong(usize),
 }
 
-/// Receives each chunk: its name and plaintext. The same chunk may come more than once.
-pub type Emit<'a, E> = dyn FnMut(ChunkName, &[u8]) -> Result<(), E> + 'a;
+/// Receives each chunk: its name, its plaintext and the names it refers to. The same chunk may come more than once.
+pub type Emit<'a, E> = dyn FnMut(ChunkName, &[u8], &[ChunkName]) -> Result<(), E> + 'a;
 
 /// Whether every byte is zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
@@ -199,7 +200,7 @@ impl<'k> Cutter<'k> {
             let data = &self.stretch[self.start..];
             let n = next_cut(data);
             let name = self.key.name(&data[..n]);
-            emit(name, &data[..n]).map_err(CutError::Sink)?;
+            emit(name, &data[..n], &[]).map_err(CutError::Sink)?;
             self.start += n;
             self.segment(Segment::Data {
                 chunk: name,
@@ -231,29 +232,33 @@ pub fn content_of<E>(
         n if n > MAX_SEGMENTS => Err(CutError::TooManySegments(n)),
         n if n > MAX_INLINE_SEGMENTS => Ok(Content::Stored {
             len: recipe.len(),
-            recipe: store_blob(key, &recipe.encode(), emit)?,
+            recipe: store_blob(key, &recipe.encode_linked(), emit)?,
         }),
         _ => Ok(Content::Recipe(recipe)),
     }
 }
 
-/// Cuts a byte string that is kept as whole chunks: a tree node, a recipe, a turn's output. No holes.
+/// Cuts a value that is kept as whole chunks: a tree node, a recipe. No holes. Each chunk links to the names that begin in it, which depend on
+/// its own bytes and a few that follow: unchanged stretches of a value stay the same chunks.
 pub fn store_blob<E>(
     key: &DomainKey,
-    bytes: &[u8],
+    value: &Linked,
     emit: &mut Emit<'_, E>,
 ) -> Result<BlobRef, CutError<E>> {
+    let bytes = &value.bytes;
     if bytes.len() > MAX_RECIPE_LEN {
         return Err(CutError::BlobTooLong(bytes.len()));
     }
     let mut chunks = Vec::new();
-    let mut left = bytes;
-    while !left.is_empty() {
-        let n = next_cut(left);
-        let name = key.name(&left[..n]);
-        emit(name, &left[..n]).map_err(CutError::Sink)?;
+    let mut at = 0;
+    while at < bytes.len() {
+        let n = next_cut(&bytes[at..]);
+        let plain = &bytes[at..at + n];
+        let links = value.within(at..at + n);
+        let name = key.name_linked(plain, &links);
+        emit(name, plain, &links).map_err(CutError::Sink)?;
         chunks.push(name);
-        left = &left[n..];
+        at += n;
     }
     if chunks.len() > MAX_BLOB_CHUNKS {
         return Err(CutError::BlobTooLong(bytes.len()));

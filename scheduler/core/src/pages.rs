@@ -339,7 +339,7 @@ impl<'a> PagePacker<'a> {
             return Ok(());
         }
         let name = self.key.name(&self.open);
-        emit(name, &self.open).map_err(CutError::Sink)?;
+        emit(name, &self.open, &[]).map_err(CutError::Sink)?;
         self.packs.push(name);
         self.open.clear();
         self.stats.packs += 1;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 
 use proptest::prelude::*;
+use tidepool_proto::codec::Linked;
 use tidepool_proto::recipe::{Recipe, Segment};
 use tidepool_proto::tree::Content;
 use tidepool_proto::{ChunkName, DomainKey};
@@ -27,9 +28,11 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
 struct Got(BTreeMap<ChunkName, Vec<u8>>);
 
 impl Got {
-    fn emit(&mut self) -> impl FnMut(ChunkName, &[u8]) -> Result<(), Infallible> + '_ {
-        |name, plain| {
-            assert_eq!(key().name(plain), name);
+    fn emit(
+        &mut self,
+    ) -> impl FnMut(ChunkName, &[u8], &[ChunkName]) -> Result<(), Infallible> + '_ {
+        |name, plain, links| {
+            assert_eq!(key().name_linked(plain, links), name);
             self.0.insert(name, plain.to_vec());
             Ok(())
         }
@@ -104,7 +107,7 @@ proptest! {
         let (expected, _) = whole(&bytes);
         let key = key();
         let mut cutter = Cutter::new(&key);
-        let mut none = |_: ChunkName, _: &[u8]| Ok::<(), Infallible>(());
+        let mut none = |_: ChunkName, _: &[u8], _: &[ChunkName]| Ok::<(), Infallible>(());
         let (mut left, mut cuts) = (&bytes[..], cuts.into_iter().cycle());
         while !left.is_empty() {
             let n = cuts.next().unwrap_or(left.len()).clamp(1, left.len());
@@ -123,11 +126,45 @@ proptest! {
     #[test]
     fn a_blob_is_its_chunks(bytes in content()) {
         let mut got = Got::default();
-        let blob = store_blob(&key(), &bytes, &mut got.emit()).unwrap();
+        let value = Linked { bytes: bytes.clone(), links: Vec::new() };
+        let blob = store_blob(&key(), &value, &mut got.emit()).unwrap();
         let back: Vec<u8> = blob.chunks.iter().flat_map(|c| got.0[c].clone()).collect();
         prop_assert!(back == bytes);
         prop_assert_eq!(blob.len, bytes.len() as u64);
     }
+}
+
+/// Each chunk of a recipe links to the names that begin in it, and an insertion leaves the others what they were.
+#[test]
+fn pieces_of_a_recipe_link_to_what_they_name() {
+    let names: Vec<ChunkName> = (0..5000u32).map(|i| key().name(&i.to_le_bytes())).collect();
+    let pieces = |names: &[ChunkName]| {
+        let mut recipe = Recipe::default();
+        for chunk in names {
+            recipe.push(Segment::Data {
+                chunk: *chunk,
+                offset: 0,
+                len: 16_384,
+            });
+        }
+        let mut links: BTreeMap<ChunkName, Vec<ChunkName>> = BTreeMap::new();
+        let mut emit = |name: ChunkName, plain: &[u8], of: &[ChunkName]| {
+            assert_eq!(key().name_linked(plain, of), name);
+            links.insert(name, of.to_vec());
+            Ok::<(), Infallible>(())
+        };
+        store_blob(&key(), &recipe.encode_linked(), &mut emit).unwrap();
+        links
+    };
+    let before = pieces(&names);
+    let all: HashSet<ChunkName> = before.values().flatten().copied().collect();
+    assert_eq!(all, names.iter().copied().collect());
+    assert_eq!(before.values().map(Vec::len).sum::<usize>(), names.len());
+    let mut more = names.clone();
+    more.insert(2500, key().name(b"new"));
+    let after = pieces(&more);
+    let new = after.keys().filter(|n| !before.contains_key(n)).count();
+    assert!(new <= 4, "{new} of {} are new", after.len());
 }
 
 #[test]
@@ -191,7 +228,7 @@ fn a_large_hole_costs_nothing() {
 fn a_failing_sink_ends_it() {
     let key = key();
     let mut cutter = Cutter::new(&key);
-    let mut full = |_: ChunkName, _: &[u8]| Err("full");
+    let mut full = |_: ChunkName, _: &[u8], _: &[ChunkName]| Err("full");
     let e = cutter.push(&noise(1, 1 << 20), &mut full).unwrap_err();
     assert_eq!(e, CutError::Sink("full"));
 }

@@ -27,7 +27,7 @@ fn page(n: u16) -> Vec<u8> {
 fn dump(index: &mut PageIndex, store: &mut Store, images: &[Vec<u8>]) -> (Vec<Recipe>, PackStats) {
     let key = key();
     let mut packer = PagePacker::new(&key, index);
-    let mut emit = |name: ChunkName, plain: &[u8]| -> Result<(), Infallible> {
+    let mut emit = |name: ChunkName, plain: &[u8], _: &[ChunkName]| -> Result<(), Infallible> {
         assert_eq!(key.name(plain), name);
         assert!(!plain.is_empty() && plain.len() <= MAX_CHUNK_LEN);
         store.insert(name, plain.to_vec());
@@ -124,7 +124,7 @@ fn a_dump_that_fails_teaches_the_index_nothing() {
     let key = key();
     let mut index = PageIndex::default();
     let mut packer = PagePacker::new(&key, &mut index);
-    let mut full = |_: ChunkName, _: &[u8]| Err("full");
+    let mut full = |_: ChunkName, _: &[u8], _: &[ChunkName]| Err("full");
     let all: Vec<u8> = (1..=300).flat_map(page).collect();
     packer.begin(&mut full).unwrap();
     packer.push(&all, &mut full).unwrap_err();

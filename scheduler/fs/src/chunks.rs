@@ -8,8 +8,13 @@ use tidepool_proto::{ChunkName, FormatError, MAX_CHUNK_LEN, TreeId};
 
 /// Takes chunks as they are cut. The same chunk may come more than once, and may be in the store already: deduplicating is the sink's.
 pub trait ChunkSink {
-    /// Takes one chunk: its name and plaintext (at most 1 MiB).
-    fn chunk(&mut self, name: ChunkName, plain: &[u8]) -> Result<(), SinkError>;
+    /// Takes one chunk: its name, its plaintext (at most 1 MiB) and the names it refers to.
+    fn chunk(
+        &mut self,
+        name: ChunkName,
+        plain: &[u8],
+        links: &[ChunkName],
+    ) -> Result<(), SinkError>;
 }
 
 /// Gives plaintexts of chunks.
@@ -75,7 +80,7 @@ pub enum SourceError {
 pub struct NullSink;
 
 impl ChunkSink for NullSink {
-    fn chunk(&mut self, _: ChunkName, _: &[u8]) -> Result<(), SinkError> {
+    fn chunk(&mut self, _: ChunkName, _: &[u8], _: &[ChunkName]) -> Result<(), SinkError> {
         Ok(())
     }
 }

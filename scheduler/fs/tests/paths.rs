@@ -14,6 +14,7 @@ use tidepool_fs::images::{ImportLimits, import};
 use tidepool_fs::restore::{RestoreOptions, materialise, remove_tree, verify};
 use tidepool_fs::{TreeKind, capture};
 use tidepool_proto::TreeId;
+use tidepool_proto::codec::Linked;
 use tidepool_proto::recipe::BlobRef;
 use tidepool_proto::tree::{Content, Entry, Kind, Meta, Node};
 
@@ -132,8 +133,9 @@ fn made() -> impl Strategy<Value = Made> {
     })
 }
 
-fn put(chunks: &mut Chunks, bytes: Vec<u8>) -> BlobRef {
-    let name = key().name(&bytes);
+fn put(chunks: &mut Chunks, value: Linked) -> BlobRef {
+    let name = key().name_linked(&value.bytes, &value.within(0..value.bytes.len()));
+    let bytes = value.bytes;
     let len = bytes.len() as u64;
     chunks.map.insert(name, bytes);
     BlobRef {
@@ -161,7 +163,7 @@ fn entry_of(chunks: &mut Chunks, name: Vec<u8>, made: Made, outside: &Path) -> E
                 .collect();
             // Sorted, as a decoder demands; names that come twice stay.
             entries.sort_by(|a, b| a.name.cmp(&b.name));
-            let children = put(chunks, Node { entries }.encode());
+            let children = put(chunks, Node { entries }.encode_linked());
             Kind::Dir {
                 children: Some(children),
             }
@@ -224,7 +226,7 @@ proptest! {
         let world = World::new();
         let mut chunks = Chunks::default();
         let root = entry_of(&mut chunks, Vec::new(), Made::Dir(all), &world.outside());
-        let root = put(&mut chunks, Node { entries: vec![root] }.encode());
+        let root = put(&mut chunks, Node { entries: vec![root] }.encode_linked());
         let tree = TreeId(root.chunks[0].0);
         let dest = world.scratch.join("dest");
         let done = materialise(tree, &dest, &mut chunks, RestoreOptions::default());

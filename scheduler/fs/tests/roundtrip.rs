@@ -16,6 +16,7 @@ use tidepool_fs::{
     CaptureError, CaptureOptions, ChunkSink, SourceError, TreeKind, load_node, load_root,
     walk_chunks,
 };
+use tidepool_proto::codec::Linked;
 use tidepool_proto::recipe::{BlobRef, Recipe, Segment};
 use tidepool_proto::tree::{Content, Entry, Kind, Meta, Node};
 use tidepool_proto::{ChunkName, TreeId};
@@ -379,7 +380,12 @@ fn a_failed_capture_says_why() {
     }
     struct Refuses;
     impl ChunkSink for Refuses {
-        fn chunk(&mut self, name: ChunkName, _: &[u8]) -> Result<(), tidepool_fs::SinkError> {
+        fn chunk(
+            &mut self,
+            name: ChunkName,
+            _: &[u8],
+            _: &[ChunkName],
+        ) -> Result<(), tidepool_fs::SinkError> {
             Err(tidepool_fs::SinkError::new(name, "no room"))
         }
     }
@@ -432,16 +438,18 @@ fn missing_and_damaged_chunks_are_named() {
 
 /// A tree of one directory with these entries.
 fn tree_of(chunks: &mut Chunks, entries: Vec<Entry>) -> TreeId {
-    let put = |chunks: &mut Chunks, bytes: Vec<u8>| {
-        let name = key().name(&bytes);
+    let put = |chunks: &mut Chunks, value: Linked| {
+        let links = value.within(0..value.bytes.len());
+        let name = key().name_linked(&value.bytes, &links);
+        let bytes = value.bytes;
         chunks.map.insert(name, bytes.clone());
         BlobRef {
             len: bytes.len() as u64,
             chunks: vec![name],
         }
     };
-    let children = put(chunks, Node { entries }.encode());
-    let root = Node::root(Meta::default(), Some(children)).encode();
+    let children = put(chunks, Node { entries }.encode_linked());
+    let root = Node::root(Meta::default(), Some(children)).encode_linked();
     TreeId(put(chunks, root).chunks[0].0)
 }
 
@@ -564,7 +572,12 @@ fn a_destination_passes_nothing_on() {
 struct Meddles<'a>(&'a Path, bool);
 
 impl ChunkSink for Meddles<'_> {
-    fn chunk(&mut self, _: ChunkName, _: &[u8]) -> Result<(), tidepool_fs::SinkError> {
+    fn chunk(
+        &mut self,
+        _: ChunkName,
+        _: &[u8],
+        _: &[ChunkName],
+    ) -> Result<(), tidepool_fs::SinkError> {
         if std::mem::take(&mut self.1) {
             let file = std::fs::File::options().write(true).open(self.0).unwrap();
             file.write_all_at(b"changed", 5_000_000).unwrap();

@@ -2,12 +2,12 @@
 
 use bytes::Bytes;
 use tidepool_proto::wire::{self, request, response};
-use tidepool_proto::{CheckpointId, Epoch, ErrorKind, SandboxId, TurnNo};
+use tidepool_proto::{CheckpointId, ChunkName, Epoch, ErrorKind, SandboxId, TurnNo};
 
 use crate::types::{StoreStatus, sandbox_record};
 use crate::{Client, ClientError, Commit, SandboxRecord};
 
-fn id(id: SandboxId) -> Bytes {
+pub(crate) fn id(id: SandboxId) -> Bytes {
     Bytes::copy_from_slice(&id.0)
 }
 
@@ -134,7 +134,8 @@ impl Client {
     }
 
     /// Commits a turn. Only send it when the puts of its chunks are acknowledged. The same commit again is answered as the first;
-    /// another epoch than the current is fenced; another turn in the same place is a conflict.
+    /// another epoch than the current is fenced; another turn in the same place is a conflict. Where a collection began meanwhile the error says
+    /// so ([`ClientError::upload_again`]).
     pub async fn commit(&self, c: Commit) -> Result<(), ClientError> {
         let (checkpoint, manifest) = match c.manifest {
             Some((id, bytes)) => (Bytes::copy_from_slice(&id.0), bytes.into()),
@@ -152,6 +153,11 @@ impl Client {
                 .session
                 .map(|s| Bytes::copy_from_slice(&s.0))
                 .unwrap_or_default(),
+            round: c.round,
+            base: c
+                .base
+                .map(|b| Bytes::copy_from_slice(&b.0))
+                .unwrap_or_default(),
         });
         self.done(op).await
     }
@@ -162,12 +168,21 @@ impl Client {
         sandbox: SandboxId,
         checkpoint: CheckpointId,
     ) -> Result<Vec<u8>, ClientError> {
+        Ok(self.manifest_at(sandbox, checkpoint).await?.0)
+    }
+
+    /// The same with the round in which it was there: what is committed elsewhere and needs its chunks rests on that.
+    pub async fn manifest_at(
+        &self,
+        sandbox: SandboxId,
+        checkpoint: CheckpointId,
+    ) -> Result<(Vec<u8>, u64), ClientError> {
         let op = request::Op::Manifest(request::Manifest {
             sandbox: id(sandbox),
             checkpoint: Bytes::copy_from_slice(&checkpoint.0),
         });
-        let bytes = self.record(op).await?;
-        verified(checkpoint, bytes)
+        let found = self.found(op).await?;
+        Ok((verified(checkpoint, found.record)?, found.round))
     }
 
     /// Every manifest of a sandbox that is not damaged, by the turn that committed it.
@@ -242,21 +257,36 @@ impl Client {
         Ok(out)
     }
 
-    /// Records an image. One of this name with another record is a conflict.
-    pub async fn put_image(&self, name: &str, record: Vec<u8>) -> Result<(), ClientError> {
+    /// Records an image. One of this name with another record is a conflict. `roots` are the chunks from which all of its are reached,
+    /// `round` the lowest round of the answers that their upload got.
+    pub async fn put_image(
+        &self,
+        name: &str,
+        record: Vec<u8>,
+        roots: &[ChunkName],
+        round: u64,
+    ) -> Result<(), ClientError> {
         let op = request::Op::PutImage(request::PutImage {
             name: name.to_owned(),
             record: record.into(),
+            round,
+            roots: wire::join_names(roots),
         });
         self.done(op).await
     }
 
     /// An image's record, if there is one.
     pub async fn image(&self, name: &str) -> Result<Option<Vec<u8>>, ClientError> {
+        Ok(self.image_at(name).await?.map(|(record, _)| record))
+    }
+
+    /// The same with the round in which it was there: what is committed and needs its chunks rests on that.
+    pub async fn image_at(&self, name: &str) -> Result<Option<(Vec<u8>, u64)>, ClientError> {
         let op = request::Op::Image(request::Image {
             name: name.to_owned(),
         });
-        Ok(found(self.record(op).await)?.map(|b| b.to_vec()))
+        let image = found(self.found(op).await)?;
+        Ok(image.map(|i| (i.record.to_vec(), i.round)))
     }
 
     /// Every image's name and record, by name; damaged ones are logged and left out.
@@ -307,14 +337,21 @@ impl Client {
         }
     }
 
-    async fn record(&self, op: request::Op) -> Result<Bytes, ClientError> {
+    async fn found(&self, op: request::Op) -> Result<response::Found, ClientError> {
+        match self.link.call(op).await? {
+            response::Op::Found(found) => Ok(found),
+            _ => Err(ClientError::unexpected()),
+        }
+    }
+
+    pub(crate) async fn record(&self, op: request::Op) -> Result<Bytes, ClientError> {
         match self.link.call(op).await? {
             response::Op::Record(bytes) => Ok(bytes),
             _ => Err(ClientError::unexpected()),
         }
     }
 
-    async fn records(&self, op: request::Op) -> Result<response::Records, ClientError> {
+    pub(crate) async fn records(&self, op: request::Op) -> Result<response::Records, ClientError> {
         match self.link.call(op).await? {
             response::Op::Records(page) => {
                 report(page.damaged);

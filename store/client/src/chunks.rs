@@ -12,21 +12,23 @@ use tidepool_proto::wire::{
 use tidepool_proto::{ChunkName, ErrorKind, SessionId};
 use tokio::task::JoinSet;
 
-use crate::{Client, ClientError, PutStats};
+use crate::types::lower_round;
+use crate::{Client, ClientError, Pinned, PutStats};
 
 /// Requests with bodies that one call has under way.
 const AT_ONCE: usize = 4;
 
 impl Client {
-    /// Pins names for a session, which opens with its first call and lives on with each: no collection takes them until it ends.
+    /// Pins names for a session, which opens with its first call and lives on with each: whatever rests on the round in the answer is either committed before
+    /// a collection could take them, or refused.
     /// Gives the names that are not in the store, in order, each once.
     pub async fn pin(
         &self,
         session: SessionId,
         names: &[ChunkName],
-    ) -> Result<Vec<ChunkName>, ClientError> {
+    ) -> Result<Pinned, ClientError> {
         let names = unique(names);
-        let mut missing = Vec::new();
+        let mut pinned = Pinned::default();
         for part in names.chunks(MAX_NAMES) {
             let op = request::Op::Pin(request::Pin {
                 session: Bytes::copy_from_slice(&session.0),
@@ -34,11 +36,14 @@ impl Client {
                 names: join_names(part),
             });
             match self.link.call(op).await? {
-                response::Op::Missing(names) => missing.extend(split_names(&names)?),
+                response::Op::Pinned(p) => {
+                    pinned.missing.extend(split_names(&p.missing)?);
+                    pinned.round = lower_round(pinned.round, p.round);
+                }
                 _ => return Err(ClientError::unexpected()),
             }
         }
-        Ok(missing)
+        Ok(pinned)
     }
 
     /// Stores bodies, which are durable and pinned for the session when this returns. Bodies that are there already cost a look-up.
@@ -82,6 +87,7 @@ impl Client {
             total.stored += part.stored;
             total.stored_bytes += part.stored_bytes;
             total.present += part.present;
+            total.round = lower_round(total.round, part.round);
         }
         Ok(total)
     }
@@ -105,12 +111,13 @@ impl Client {
                 stored: p.stored,
                 stored_bytes: p.stored_bytes,
                 present: p.present,
+                round: p.round,
             }),
             _ => Err(ClientError::unexpected()),
         }
     }
 
-    /// Ends a session: its pins go. One that does not exist has ended.
+    /// Ends a session: no collection has to wait for it. One that does not exist has ended.
     pub async fn end_session(&self, session: SessionId) -> Result<(), ClientError> {
         let op = request::Op::EndSession(request::EndSession {
             session: Bytes::copy_from_slice(&session.0),

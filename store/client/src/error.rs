@@ -11,6 +11,8 @@ pub struct ClientError {
     text: String,
     /// The request was sent more than once: an earlier copy may have done what this one found done.
     resent: bool,
+    /// What the request rests on may have been collected.
+    upload_again: bool,
 }
 
 impl ClientError {
@@ -20,7 +22,18 @@ impl ClientError {
             kind,
             text: text.into(),
             resent: false,
+            upload_again: false,
         }
+    }
+
+    /// Whether what the request rests on may have been collected: pinning it, and uploading what is missing, makes it good again.
+    pub fn upload_again(&self) -> bool {
+        self.upload_again
+    }
+
+    pub(crate) fn with_upload_again(mut self, upload_again: bool) -> Self {
+        self.upload_again = upload_again;
+        self
     }
 
     /// What the caller can do about it.

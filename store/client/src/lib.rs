@@ -18,7 +18,9 @@ mod link;
 mod nodes;
 mod pool;
 mod reads;
+mod retention;
 mod route;
+mod scrub;
 mod split;
 mod topology;
 pub mod transport;
@@ -29,7 +31,7 @@ pub use error::ClientError;
 pub use identity::{ClientIdentity, IdentityError};
 pub use nodes::NodeStatus;
 pub use pool::tls_config;
-pub use types::{Commit, PutStats, SandboxRecord, StoreStatus};
+pub use types::{Commit, Pinned, PutStats, SandboxRecord, StoreStatus, lower_round};
 
 use std::sync::Arc;
 

@@ -175,7 +175,8 @@ async fn exchange(connection: &Connection, frame: Bytes) -> Result<response::Op,
     let response: Response = wire::decode(bytes).map_err(|e| Attempt::Over(e.into()))?;
     match response.op {
         Some(response::Op::Error(e)) => {
-            let error = ClientError::new(wire::kind_of(e.kind), e.text);
+            let error =
+                ClientError::new(wire::kind_of(e.kind), e.text).with_upload_again(e.upload_again);
             Err(if e.again {
                 Attempt::Again(error)
             } else {

@@ -36,9 +36,20 @@ pub(crate) fn of(op: &Op, shards: ShardMap) -> Route {
             Some(group) => Route::Leader(u32::from_be_bytes(*group)),
             None => Route::Leader(shards.shard_groups().start),
         },
-        Op::PutImage(_) | Op::Image(_) | Op::Images(_) | Op::RemoveImage(_) => {
-            Route::Leader(META_GROUP)
-        }
+        Op::KeepCheckpoint(r) => sandbox(&r.sandbox),
+        Op::RemoveCheckpoints(r) => sandbox(&r.sandbox),
+        Op::LabelSandbox(r) => sandbox(&r.sandbox),
+        Op::Kept(r) => sandbox(&r.id),
+        Op::PutImage(_)
+        | Op::Image(_)
+        | Op::Images(_)
+        | Op::RemoveImage(_)
+        | Op::GcRun(_)
+        | Op::GcStatus(_)
+        | Op::SetPolicies(_)
+        | Op::Policies(_) => Route::Leader(META_GROUP),
+        Op::GcRoots(r) | Op::GcOld(r) => Route::Leader(r.group),
+        Op::GcLinks(r) => Route::Leader(r.group),
         Op::Propose(r) => Route::Leader(r.group),
         Op::Pin(r) => first_of(&r.names, shards),
         Op::Put(r) => first_of(&r.names, shards),

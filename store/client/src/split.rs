@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use crate::error::ClientError;
 use crate::link::Link;
 use crate::route::Route;
+use crate::types::lower_round;
 
 /// How often a request is split anew before its time is over anyway.
 const ROUNDS: u32 = 1000;
@@ -49,6 +50,7 @@ impl Link {
                 let names = split_names(&r.names)?;
                 let mut pin = Pin {
                     missing: HashMap::new(),
+                    round: 0,
                     names,
                     r,
                 };
@@ -171,13 +173,18 @@ struct Pin {
     r: request::Pin,
     names: Vec<ChunkName>,
     missing: HashMap<ChunkName, ()>,
+    /// The lowest of all parts.
+    round: u64,
 }
 
 impl Pin {
     /// The missing names, in the order they were asked for.
     fn answer(&self) -> response::Op {
         let missing = self.names.iter().filter(|n| self.missing.contains_key(n));
-        response::Op::Missing(join_names(missing))
+        response::Op::Pinned(response::Pinned {
+            missing: join_names(missing),
+            round: self.round,
+        })
     }
 }
 
@@ -195,8 +202,9 @@ impl Parts for Pin {
 
     fn take(&mut self, answer: response::Op) -> Result<(), ClientError> {
         match answer {
-            response::Op::Missing(names) => {
-                let names = split_names(&names)?;
+            response::Op::Pinned(pinned) => {
+                self.round = lower_round(self.round, pinned.round);
+                let names = split_names(&pinned.missing)?;
                 self.missing.extend(names.into_iter().map(|n| (n, ())));
                 Ok(())
             }
@@ -234,6 +242,7 @@ impl Parts for Put {
                 self.answer.stored += p.stored;
                 self.answer.stored_bytes += p.stored_bytes;
                 self.answer.present += p.present;
+                self.answer.round = lower_round(self.answer.round, p.round);
                 Ok(())
             }
             _ => Err(ClientError::unexpected()),

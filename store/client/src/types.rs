@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use tidepool_proto::wire::{self, WireError, response};
-use tidepool_proto::{CheckpointId, Epoch, SandboxId, SessionId, TurnNo};
+use tidepool_proto::{CheckpointId, ChunkName, Epoch, SandboxId, SessionId, TurnNo};
 
 use crate::ClientError;
 
@@ -22,6 +22,27 @@ pub struct Commit {
     pub manifest: Option<(CheckpointId, Vec<u8>)>,
     /// The session that uploaded the chunks.
     pub session: Option<SessionId>,
+    /// The lowest round of all answers that this rests on: of pins and puts, of what was read of other sandboxes and of images. 0 where it rests on none.
+    pub round: u64,
+    /// The checkpoint of this sandbox whose chunks were taken over without pinning them. It must still be there.
+    pub base: Option<CheckpointId>,
+}
+
+/// What was pinned.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pinned {
+    /// The names the store does not have.
+    pub missing: Vec<ChunkName>,
+    /// The lowest round that the others carry now: what rests on them says so when it commits. 0 where nothing was asked.
+    pub round: u64,
+}
+
+/// The lower of two rounds, where 0 stands for none.
+pub fn lower_round(a: u64, b: u64) -> u64 {
+    match (a, b) {
+        (0, other) | (other, 0) => other,
+        (a, b) => a.min(b),
+    }
 }
 
 /// What a put did.
@@ -32,6 +53,8 @@ pub struct PutStats {
     pub stored_bytes: u64,
     /// Bodies that were there already.
     pub present: u64,
+    /// The lowest round that all of these carry now, as in [`Pinned`].
+    pub round: u64,
 }
 
 /// A sandbox, as the store knows it.
@@ -47,6 +70,10 @@ pub struct SandboxRecord {
     /// The checkpoint that the last turn points at.
     pub head: Option<CheckpointId>,
     pub meta: Vec<u8>,
+    /// Counts the changes of its history: turns, removals, marks, labels.
+    pub changes: u64,
+    /// As the store's core encodes them; empty for none.
+    pub labels: Vec<u8>,
 }
 
 /// A node's account of itself.
@@ -97,6 +124,8 @@ pub(crate) fn sandbox_record(s: response::Sandbox) -> Result<SandboxRecord, Wire
         last_turn: TurnNo(s.last_turn),
         head: checkpoint(&s.head)?,
         meta: s.meta.to_vec(),
+        changes: s.changes,
+        labels: s.labels.to_vec(),
     })
 }
 

@@ -1,11 +1,11 @@
 //! The one door: a command and a view of the state in, a result and writes out.
 
 use tidepool_proto::wire::WireError;
-use tidepool_proto::{Epoch, ErrorKind, SandboxId, SessionId};
+use tidepool_proto::{ChunkName, Epoch, ErrorKind, SandboxId, SessionId};
 
 use crate::command::{Command, op::Op};
 use crate::kv::{KvRead, ReadError, Write};
-use crate::{chunks, images, names, nodes, sandboxes};
+use crate::{chunks, gc, history, images, names, nodes, policies, sandboxes};
 
 /// Which of the two kinds of state machine a group is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,12 +18,16 @@ pub enum Group {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
     Done,
-    /// Pin: which of the names, by position, are no chunks yet.
-    Missing(Vec<u32>),
-    /// AddChunks: how many were new.
+    /// Pin: which of the names, by position, are no chunks yet; the round that the others carry now.
+    Missing {
+        names: Vec<u32>,
+        round: u64,
+    },
+    /// AddChunks: how many were new; the round that all carry now.
     Added {
         chunks: u64,
         bytes: u64,
+        round: u64,
     },
     Epoch(Epoch),
     /// FenceUnborn: whether the sandbox exists after all.
@@ -33,6 +37,16 @@ pub enum Reply {
     /// RemoveSandbox: the name it had.
     Removed {
         name: String,
+    },
+    /// Steps of a collection: how far the group is.
+    Gc {
+        round: u64,
+        fence: u64,
+    },
+    /// Sweep: the chunks whose records are gone, whose bodies may go now, and how many bytes those have.
+    Swept {
+        names: Vec<ChunkName>,
+        bytes: u64,
     },
     /// AddNode: the node's number.
     Node(u64),
@@ -44,13 +58,34 @@ pub enum Reply {
 pub struct Refusal {
     pub kind: ErrorKind,
     pub text: String,
+    /// The same command may be taken when the bodies it thought were there are sent with it.
+    pub again: bool,
+    /// What the command rests on may have been collected: pinning, and uploading what is missing, makes it good again.
+    pub upload_again: bool,
 }
 
 impl Refusal {
-    pub(crate) fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
+    /// A refusal of this kind.
+    pub fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
         Self {
             kind,
             text: text.into(),
+            again: false,
+            upload_again: false,
+        }
+    }
+
+    pub(crate) fn again(text: impl Into<String>) -> Self {
+        Self {
+            again: true,
+            ..Self::new(ErrorKind::Unavailable, text)
+        }
+    }
+
+    pub(crate) fn upload_again(text: impl Into<String>) -> Self {
+        Self {
+            upload_again: true,
+            ..Self::new(ErrorKind::Conflict, text)
         }
     }
 }
@@ -109,6 +144,16 @@ fn dispatch(group: Group, state: &dyn KvRead, command: &Command) -> Applied {
         (Group::Shard, Op::UpdateSandboxMeta(c)) => sandboxes::update_meta(state, c),
         (Group::Shard, Op::RemoveSandbox(c)) => sandboxes::remove(state, c),
         (Group::Shard, Op::Commit(c)) => sandboxes::commit(state, c),
+        (Group::Shard, Op::KeepCheckpoint(c)) => history::keep(state, c),
+        (Group::Shard, Op::RemoveCheckpoints(c)) => history::remove(state, c),
+        (Group::Shard, Op::LabelSandbox(c)) => history::label(state, c),
+        (Group::Shard, Op::Sweep(c)) => gc::sweep(state, c),
+        (Group::Meta, Op::StartRound(c)) => gc::start(state, c),
+        (Group::Meta, Op::ReportGc(c)) => gc::report(state, c),
+        (_, Op::BeginRound(c)) => gc::begin(state, c),
+        (_, Op::Cut(c)) => gc::cut(state, c),
+        (_, Op::Purge(c)) => gc::purge(state, c),
+        (Group::Meta, Op::SetPolicies(c)) => policies::set(state, c),
         (Group::Meta, Op::InitCluster(c)) => nodes::init(state, c),
         (Group::Meta, Op::AddToken(c)) => nodes::add_token(state, c, command.now_ms),
         (Group::Meta, Op::AddNode(c)) => nodes::add(state, c, command.now_ms),

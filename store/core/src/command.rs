@@ -11,7 +11,7 @@ pub struct Command {
     pub now_ms: u64,
     #[prost(
         oneof = "op::Op",
-        tags = "60, 61, 62, 63, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+        tags = "60, 61, 62, 63, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29"
     )]
     pub op: Option<op::Op>,
 }
@@ -86,6 +86,36 @@ pub mod op {
         /// Meta.
         #[prost(message, tag = "15")]
         RemoveImage(request::Image),
+        /// Meta.
+        #[prost(message, tag = "20")]
+        StartRound(StartRound),
+        /// Any group.
+        #[prost(message, tag = "21")]
+        BeginRound(Round),
+        /// Any group.
+        #[prost(message, tag = "22")]
+        Cut(Round),
+        /// Shard.
+        #[prost(message, tag = "23")]
+        Sweep(Sweep),
+        /// Any group.
+        #[prost(message, tag = "24")]
+        Purge(Purge),
+        /// Meta.
+        #[prost(message, tag = "25")]
+        ReportGc(ReportGc),
+        /// Shard.
+        #[prost(message, tag = "26")]
+        KeepCheckpoint(request::KeepCheckpoint),
+        /// Shard.
+        #[prost(message, tag = "27")]
+        RemoveCheckpoints(request::RemoveCheckpoints),
+        /// Meta.
+        #[prost(message, tag = "28")]
+        SetPolicies(request::SetPolicies),
+        /// Shard.
+        #[prost(message, tag = "29")]
+        LabelSandbox(request::LabelSandbox),
     }
 
     /// Writes the cluster's record with its first node.
@@ -140,7 +170,7 @@ pub mod op {
         pub only_joining: bool,
     }
 
-    /// Pins names for a session, present or not; opens the session where it is new.
+    /// Stamps those of the names that are chunks with the shard's round; opens the session where it is new.
     #[derive(Clone, PartialEq, prost::Message)]
     pub struct Pin {
         #[prost(bytes = "bytes", tag = "1")]
@@ -152,7 +182,7 @@ pub mod op {
         pub names: Bytes,
     }
 
-    /// Records chunks whose bodies are stored wherever this entry is, and pins them.
+    /// Records chunks whose bodies are stored wherever this entry is, and stamps them.
     #[derive(Clone, PartialEq, prost::Message)]
     pub struct AddChunks {
         #[prost(bytes = "bytes", tag = "1")]
@@ -164,6 +194,62 @@ pub mod op {
         /// Lengths of the bodies: one u32, little-endian, for each name.
         #[prost(bytes = "bytes", tag = "4")]
         pub lens: Bytes,
+        /// One byte for each name: [`BROUGHT`] and [`LINKED`].
+        #[prost(bytes = "bytes", tag = "5")]
+        pub kinds: Bytes,
+    }
+
+    /// The body came with this entry. Without this bit it is thought to be there already, which is found out when the entry is applied.
+    pub const BROUGHT: u8 = 1;
+    /// The body carries links.
+    pub const LINKED: u8 = 2;
+
+    /// Asks for a new round of collection.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct StartRound {
+        /// 16 random bytes, the same when this is sent again: one asking is one round.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub token: Bytes,
+    }
+
+    /// A step of a round of collection.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Round {
+        #[prost(uint64, tag = "1")]
+        pub round: u64,
+    }
+
+    /// Deletes those of these chunks that were neither added nor pinned since the round began.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Sweep {
+        #[prost(uint64, tag = "1")]
+        pub round: u64,
+        /// Concatenated.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub names: Bytes,
+    }
+
+    /// Deletes what is left of things that were removed before the last cut.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Purge {
+        /// Removed sandboxes, concatenated.
+        #[prost(bytes = "bytes", tag = "1")]
+        pub sandboxes: Bytes,
+        /// Removed checkpoints: a sandbox and a turn (u64, big-endian) each, concatenated.
+        #[prost(bytes = "bytes", tag = "2")]
+        pub checkpoints: Bytes,
+        /// Removed images, as [`crate::keys::image_grave_tail`].
+        #[prost(bytes = "bytes", repeated, tag = "3")]
+        pub images: Vec<Bytes>,
+    }
+
+    /// Keeps the account of a round.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ReportGc {
+        #[prost(uint64, tag = "1")]
+        pub round: u64,
+        #[prost(bytes = "bytes", tag = "2")]
+        pub report: Bytes,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]

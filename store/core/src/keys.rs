@@ -6,34 +6,44 @@ use tidepool_proto::{CheckpointId, ChunkName, SandboxId, SessionId, TurnNo};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Table {
-    /// Chunk name: length of its body.
+    /// Chunk name: [`crate::ChunkState`].
     Chunk = b'c',
-    /// Removed or never-to-be sandboxes: nothing.
+    /// Removed or never-to-be sandboxes: [`crate::Tombstone`].
     Tombstone = b'd',
     /// Session: [`crate::SessionState`].
     Session = b'e',
-    /// Image name: its record.
+    /// Image name: [`crate::ImageState`].
     Image = b'g',
+    /// Round and name of a removed image: [`crate::ImageState`].
+    ImageGrave = b'h',
     /// Sandbox and checkpoint: the turn that committed it.
     Checkpoint = b'i',
     /// Sandbox and idempotency key: turn.
     Key = b'k',
-    /// Sandbox and turn: checkpoint id and manifest.
+    /// Sandbox and checkpoint that people want kept: nothing.
+    Keep = b'l',
+    /// Sandbox and turn: [`crate::ManifestRow`].
     Manifest = b'm',
     /// Sandbox name: sandbox id.
     Name = b'n',
     /// [`crate::ClusterState`].
     Cluster = b'o',
-    /// Session and chunk name: nothing.
-    Pin = b'p',
+    /// The cluster's policies of retention.
+    Policies = b'p',
     /// Sandbox: [`crate::SandboxState`].
     Sandbox = b's',
     /// Sandbox and turn: the turn's record.
     Turn = b't',
     /// Sandbox: its opaque metadata.
     Meta = b'v',
+    /// Sandbox: its labels.
+    Labels = b'w',
     /// [`crate::ShardStats`].
     Stats = b'x',
+    /// [`crate::GcState`].
+    Gc = b'y',
+    /// What is known of the last collection, in the meta group.
+    GcReport = b'z',
 }
 
 fn key(table: Table, parts: &[&[u8]]) -> Vec<u8> {
@@ -58,21 +68,16 @@ pub fn session(id: &SessionId) -> Vec<u8> {
     key(Table::Session, &[&id.0])
 }
 
-pub fn pin(id: &SessionId, name: &ChunkName) -> Vec<u8> {
-    key(Table::Pin, &[&id.0, &name.0])
-}
-
-/// What the keys of a session's pins open with.
-pub fn pins(id: &SessionId) -> Vec<u8> {
-    key(Table::Pin, &[&id.0])
-}
-
 pub fn sandbox(id: &SandboxId) -> Vec<u8> {
     key(Table::Sandbox, &[&id.0])
 }
 
 pub fn meta(id: &SandboxId) -> Vec<u8> {
     key(Table::Meta, &[&id.0])
+}
+
+pub fn labels(id: &SandboxId) -> Vec<u8> {
+    key(Table::Labels, &[&id.0])
 }
 
 pub fn tombstone(id: &SandboxId) -> Vec<u8> {
@@ -108,12 +113,40 @@ pub fn image(name: &str) -> Vec<u8> {
     key(Table::Image, &[name.as_bytes()])
 }
 
+/// `tail` is what [`image_grave_tail`] makes.
+pub fn image_grave(tail: &[u8]) -> Vec<u8> {
+    key(Table::ImageGrave, &[tail])
+}
+
+/// The key of a removed image within its table: the round it was removed in, then its name.
+pub fn image_grave_tail(round: u64, name: &str) -> Vec<u8> {
+    let mut out = round.to_be_bytes().to_vec();
+    out.extend_from_slice(name.as_bytes());
+    out
+}
+
+pub fn keep(id: &SandboxId, checkpoint: &CheckpointId) -> Vec<u8> {
+    key(Table::Keep, &[&id.0, &checkpoint.0])
+}
+
+pub fn policies() -> Vec<u8> {
+    key(Table::Policies, &[])
+}
+
 pub fn cluster() -> Vec<u8> {
     key(Table::Cluster, &[])
 }
 
 pub fn stats() -> Vec<u8> {
     key(Table::Stats, &[])
+}
+
+pub fn gc() -> Vec<u8> {
+    key(Table::Gc, &[])
+}
+
+pub fn gc_report() -> Vec<u8> {
+    key(Table::GcReport, &[])
 }
 
 /// The turn at the end of a turn's or manifest's key.

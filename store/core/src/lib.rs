@@ -1,8 +1,9 @@
 //! What a store cluster remembers, as deterministic state machines: commands in, results and key/value writes out.
 //!
 //! There are two kinds of raft group. The one **meta** group keeps what is cluster-wide and changes rarely: the names of
-//! sandboxes, the records of images, the nodes of the cluster. Each of the S **shards** keeps the chunks whose names hash to it (with the
-//! sessions that pin them) and the sandboxes whose ids do (epoch, turns, manifests, idempotency keys).
+//! sandboxes, the records of images, the nodes of the cluster and the policies of retention. Each of the S **shards** keeps the chunks whose
+//! names hash to it (with the sessions that upload them) and the sandboxes whose ids do (epoch, turns, manifests, idempotency keys). Chunks that
+//! nothing needs any more are collected in rounds over all groups ([`gc`]).
 //!
 //! [`apply`] is the whole interface: it reads through [`KvRead`], and gives back [`Write`]s that the caller makes durable in one
 //! batch with the applied index. It never writes, and never reads what it is about to write.
@@ -20,14 +21,18 @@
 mod apply;
 mod chunks;
 mod command;
+pub mod gc;
+mod history;
 mod images;
 pub mod keys;
 mod kv;
 mod names;
 mod nodes;
 pub mod placement;
+mod policies;
 mod records;
 mod reply;
+pub mod retention;
 mod sandboxes;
 mod shard;
 
@@ -35,5 +40,8 @@ pub use apply::{Group, Outcome, Refusal, Reply, apply};
 pub use command::{Command, op};
 pub use kv::{KvRead, ReadError, Write, prefix_end};
 pub use nodes::{ClusterState, NodeRecord, TokenRecord};
-pub use records::{SandboxState, SessionState, ShardStats, decode_manifest, decode_number};
+pub use records::{
+    ChunkState, GcState, ImageState, ManifestRow, SandboxState, SessionState, ShardStats,
+    Tombstone, decode_number,
+};
 pub use shard::{META_GROUP, ShardMap};

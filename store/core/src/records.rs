@@ -1,12 +1,14 @@
 //! The values of a group's state. Each opens with a version byte.
 
 use tidepool_proto::codec::{Reader, Writer};
-use tidepool_proto::{CheckpointId, Epoch, FormatError, SandboxId, TurnNo};
+use tidepool_proto::{CheckpointId, ChunkName, Epoch, FormatError, SandboxId, TurnNo};
 
 use crate::kv::ReadError;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const MAX_NAME: usize = tidepool_proto::wire::MAX_RECORD_NAME;
+/// The most roots an image may have.
+pub(crate) const MAX_IMAGE_ROOTS: usize = 16;
 
 impl From<FormatError> for ReadError {
     fn from(e: FormatError) -> Self {
@@ -29,6 +31,8 @@ pub struct SandboxState {
     pub head: Option<CheckpointId>,
     /// Counts the changes of the metadata.
     pub meta_version: u64,
+    /// Counts the changes of its history: turns committed, checkpoints removed, kept or released. A plan of removals is good for one count.
+    pub changes: u64,
 }
 
 impl SandboxState {
@@ -41,6 +45,7 @@ impl SandboxState {
         w.varint(self.last_turn.0);
         w.option(self.head, |w, h| w.raw(&h.0));
         w.varint(self.meta_version);
+        w.varint(self.changes);
         w.into_bytes()
     }
 
@@ -54,26 +59,27 @@ impl SandboxState {
             last_turn: TurnNo(r.varint()?),
             head: r.option(|r| Ok(CheckpointId(r.array()?)))?,
             meta_version: r.varint()?,
+            changes: r.varint()?,
         };
         r.finish()?;
         Ok(state)
     }
 }
 
-/// An upload's session.
+/// An upload's session: nothing depends on it, but a collection waits a while for those that are open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SessionState {
     /// When it ends by itself, by the leader's clock.
     pub expires_ms: u64,
-    /// It did: its pins are gone, and whoever still uses it has to begin again.
-    pub expired: bool,
+    /// The group's round when the session opened here.
+    pub round: u64,
 }
 
 impl SessionState {
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::versioned(VERSION);
         w.varint(self.expires_ms);
-        w.u8(u8::from(self.expired));
+        w.varint(self.round);
         w.into_bytes()
     }
 
@@ -81,7 +87,39 @@ impl SessionState {
         let mut r = Reader::versioned("session", bytes, VERSION)?;
         let state = Self {
             expires_ms: r.varint()?,
-            expired: match r.u8()? {
+            round: r.varint()?,
+        };
+        r.finish()?;
+        Ok(state)
+    }
+}
+
+/// A chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkState {
+    /// Bytes of its body.
+    pub len: u32,
+    /// The group's round when it was last added or pinned.
+    pub stamp: u64,
+    /// Its body carries links to other chunks.
+    pub linked: bool,
+}
+
+impl ChunkState {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::versioned(VERSION);
+        w.varint(u64::from(self.len));
+        w.varint(self.stamp);
+        w.u8(u8::from(self.linked));
+        w.into_bytes()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, ReadError> {
+        let mut r = Reader::versioned("chunk", bytes, VERSION)?;
+        let state = Self {
+            len: r.varint_u32()?,
+            stamp: r.varint()?,
+            linked: match r.u8()? {
                 0 => false,
                 1 => true,
                 v => return Err(r.invalid(format!("{v} is not a boolean")).into()),
@@ -89,6 +127,107 @@ impl SessionState {
         };
         r.finish()?;
         Ok(state)
+    }
+}
+
+/// How far collections have come in a group. See [`crate::gc`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GcState {
+    /// The newest round that this group was told of; what is pinned, read or removed now carries it.
+    pub round: u64,
+    /// The round of the last cut: what rests on an older one is not committed any more.
+    pub fence: u64,
+    /// Who asked for the newest round, in the meta group; zero elsewhere.
+    pub token: [u8; 16],
+}
+
+impl Default for GcState {
+    fn default() -> Self {
+        Self {
+            round: 1,
+            fence: 1,
+            token: [0; 16],
+        }
+    }
+}
+
+impl GcState {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::versioned(VERSION);
+        w.varint(self.round);
+        w.varint(self.fence);
+        w.raw(&self.token);
+        w.into_bytes()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, ReadError> {
+        let mut r = Reader::versioned("collection state", bytes, VERSION)?;
+        let state = Self {
+            round: r.varint()?,
+            fence: r.varint()?,
+            token: r.array()?,
+        };
+        if state.fence == 0 || state.fence > state.round {
+            return Err(r.invalid("a fence beyond the round").into());
+        }
+        r.finish()?;
+        Ok(state)
+    }
+}
+
+/// A sandbox that was removed, or that never will be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tombstone {
+    /// The shard's round at its removal: what it had counts as live in rounds up to that one.
+    pub removed: u64,
+    /// The name it had; empty where it never was.
+    pub name: String,
+}
+
+impl Tombstone {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::versioned(VERSION);
+        w.varint(self.removed);
+        w.bytes(self.name.as_bytes());
+        w.into_bytes()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, ReadError> {
+        let mut r = Reader::versioned("tombstone", bytes, VERSION)?;
+        let state = Self {
+            removed: r.varint()?,
+            name: r.text(MAX_NAME)?,
+        };
+        r.finish()?;
+        Ok(state)
+    }
+}
+
+/// An image: what it rests on, and what its hosts wrote down about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageState {
+    /// The chunks from which everything in it is reached.
+    pub roots: Vec<ChunkName>,
+    pub record: Vec<u8>,
+}
+
+impl ImageState {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::versioned(VERSION);
+        w.varint(self.roots.len() as u64);
+        for root in &self.roots {
+            w.raw(&root.0);
+        }
+        w.raw(&self.record);
+        w.into_bytes()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, ReadError> {
+        let mut r = Reader::versioned("image", bytes, VERSION)?;
+        let n = r.count(MAX_IMAGE_ROOTS, ChunkName::LEN)?;
+        let roots = (0..n).map(|_| r.chunk_name()).collect::<Result<_, _>>()?;
+        let record = r.raw(r.left())?.to_vec();
+        Ok(Self { roots, record })
     }
 }
 
@@ -146,24 +285,41 @@ pub(crate) fn decode_sandbox_id(bytes: &[u8]) -> Result<SandboxId, ReadError> {
     Ok(id)
 }
 
-pub(crate) fn encode_manifest(id: &CheckpointId, manifest: &[u8]) -> Vec<u8> {
-    let mut w = Writer::versioned(VERSION);
-    w.raw(&id.0);
-    w.raw(manifest);
-    w.into_bytes()
+/// A checkpoint in its sandbox's shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ManifestRow<'a> {
+    /// The shard's round at the checkpoint's removal, up to which it counts as live; none while it is.
+    pub removed: Option<u64>,
+    pub id: CheckpointId,
+    pub manifest: &'a [u8],
 }
 
-/// A checkpoint's id and its manifest, whose hash is checked.
-pub fn decode_manifest(bytes: &[u8]) -> Result<(CheckpointId, &[u8]), ReadError> {
-    let mut r = Reader::versioned("manifest row", bytes, VERSION)?;
-    let id = CheckpointId(r.array()?);
-    let manifest = r.raw(r.left())?;
-    if tidepool_proto::manifest::Manifest::id_of(manifest) != id {
-        return Err(ReadError(format!(
-            "the manifest of checkpoint {id} is damaged"
-        )));
+impl<'a> ManifestRow<'a> {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::versioned(VERSION);
+        w.option(self.removed, |w, round| w.varint(round));
+        w.raw(&self.id.0);
+        w.raw(self.manifest);
+        w.into_bytes()
     }
-    Ok((id, manifest))
+
+    /// Reads a row, and checks the manifest's hash.
+    pub fn decode(bytes: &'a [u8]) -> Result<Self, ReadError> {
+        let mut r = Reader::versioned("manifest row", bytes, VERSION)?;
+        let removed = r.option(|r| r.varint())?;
+        let id = CheckpointId(r.array()?);
+        let manifest = r.raw(r.left())?;
+        if tidepool_proto::manifest::Manifest::id_of(manifest) != id {
+            return Err(ReadError(format!(
+                "the manifest of checkpoint {id} is damaged"
+            )));
+        }
+        Ok(Self {
+            removed,
+            id,
+            manifest,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -180,6 +336,7 @@ mod tests {
             last_turn: TurnNo(8),
             head: Some(CheckpointId([2; 32])),
             meta_version: 1,
+            changes: 4,
         };
         let bytes = state.encode();
         assert_eq!(SandboxState::decode(&bytes), Ok(state));
@@ -188,13 +345,44 @@ mod tests {
         }
         let session = SessionState {
             expires_ms: 77,
-            expired: true,
+            round: 3,
         };
         assert_eq!(SessionState::decode(&session.encode()), Ok(session));
-        let row = encode_manifest(&tidepool_proto::manifest::Manifest::id_of(b"m"), b"m");
-        assert_eq!(decode_manifest(&row).unwrap().1, b"m");
-        let mut bad = row.clone();
-        *bad.last_mut().unwrap() ^= 1;
-        assert!(decode_manifest(&bad).is_err());
+        let chunk = ChunkState {
+            len: 70_000,
+            stamp: 9,
+            linked: true,
+        };
+        assert_eq!(ChunkState::decode(&chunk.encode()), Ok(chunk));
+        let gc = GcState {
+            round: 5,
+            fence: 4,
+            token: [7; 16],
+        };
+        assert_eq!(GcState::decode(&gc.encode()), Ok(gc));
+        let ahead = GcState { fence: 6, ..gc };
+        assert!(GcState::decode(&ahead.encode()).is_err());
+        let stone = Tombstone {
+            removed: 4,
+            name: "a".into(),
+        };
+        assert_eq!(Tombstone::decode(&stone.encode()), Ok(stone));
+        let image = ImageState {
+            roots: vec![ChunkName([1; 32])],
+            record: b"r".to_vec(),
+        };
+        assert_eq!(ImageState::decode(&image.encode()), Ok(image));
+        for removed in [None, Some(300)] {
+            let row = ManifestRow {
+                removed,
+                id: tidepool_proto::manifest::Manifest::id_of(b"m"),
+                manifest: b"m",
+            };
+            let bytes = row.encode();
+            assert_eq!(ManifestRow::decode(&bytes), Ok(row));
+            let mut bad = bytes.clone();
+            *bad.last_mut().unwrap() ^= 1;
+            assert!(ManifestRow::decode(&bad).is_err());
+        }
     }
 }

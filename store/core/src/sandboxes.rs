@@ -5,14 +5,14 @@ use tidepool_proto::turn::{MAX_KEY, TurnRecord};
 use tidepool_proto::wire::{MAX_RECORD, array, request};
 use tidepool_proto::{CheckpointId, Epoch, ErrorKind, SandboxId, TurnNo};
 
-use crate::apply::{Applied, Refusal, Reply, check_len, check_name, sandbox_id, session_id};
-use crate::chunks::{is_expired, session_expired};
+use crate::apply::{Applied, Refusal, Reply, check_len, check_name, sandbox_id};
 use crate::command::op;
+use crate::gc::{check_fence, gc_of};
 use crate::keys::{self, Table};
 use crate::kv::{KvRead, Write};
-use crate::records::{self, SandboxState};
+use crate::records::{self, ManifestRow, SandboxState, Tombstone};
 
-fn load(state: &dyn KvRead, id: &SandboxId) -> Result<Option<SandboxState>, Refusal> {
+pub(crate) fn load(state: &dyn KvRead, id: &SandboxId) -> Result<Option<SandboxState>, Refusal> {
     Ok(match state.get(&keys::sandbox(id))? {
         Some(value) => Some(SandboxState::decode(&value)?),
         None => None,
@@ -20,7 +20,11 @@ fn load(state: &dyn KvRead, id: &SandboxId) -> Result<Option<SandboxState>, Refu
 }
 
 /// The sandbox, as its holder of `epoch` sees it.
-fn held(state: &dyn KvRead, id: &SandboxId, epoch: u64) -> Result<SandboxState, Refusal> {
+pub(crate) fn held(
+    state: &dyn KvRead,
+    id: &SandboxId,
+    epoch: u64,
+) -> Result<SandboxState, Refusal> {
     let Some(sandbox) = load(state, id)? else {
         return Err(if state.get(&keys::tombstone(id))?.is_some() {
             Refusal::new(ErrorKind::Fenced, format!("sandbox {id} was removed"))
@@ -40,7 +44,7 @@ fn held(state: &dyn KvRead, id: &SandboxId, epoch: u64) -> Result<SandboxState, 
     Ok(sandbox)
 }
 
-fn put(id: &SandboxId, sandbox: &SandboxState) -> Write {
+pub(crate) fn put(id: &SandboxId, sandbox: &SandboxState) -> Write {
     Write::Put {
         key: keys::sandbox(id),
         value: sandbox.encode(),
@@ -78,6 +82,7 @@ pub(crate) fn create(state: &dyn KvRead, c: &request::CreateSandbox) -> Applied 
         last_turn: TurnNo(0),
         head: None,
         meta_version: 1,
+        changes: 0,
     };
     let writes = vec![
         put(&id, &sandbox),
@@ -94,11 +99,16 @@ pub(crate) fn fence_unborn(state: &dyn KvRead, c: &op::FenceUnborn) -> Applied {
     if load(state, &id)?.is_some() {
         return Ok((Reply::Exists(true), Vec::new()));
     }
-    let write = Write::Put {
-        key: keys::tombstone(&id),
-        value: Vec::new(),
-    };
-    Ok((Reply::Exists(false), vec![write]))
+    let key = keys::tombstone(&id);
+    if state.get(&key)?.is_some() {
+        return Ok((Reply::Exists(false), Vec::new()));
+    }
+    let value = Tombstone {
+        removed: gc_of(state)?.round,
+        name: String::new(),
+    }
+    .encode();
+    Ok((Reply::Exists(false), vec![Write::Put { key, value }]))
 }
 
 pub(crate) fn take(state: &dyn KvRead, c: &request::TakeSandbox) -> Applied {
@@ -154,9 +164,9 @@ pub(crate) fn update_meta(state: &dyn KvRead, c: &request::UpdateSandboxMeta) ->
 
 pub(crate) fn remove(state: &dyn KvRead, c: &request::RemoveSandbox) -> Applied {
     let id = sandbox_id(&c.id)?;
-    if let (None, Some(name)) = (load(state, &id)?, state.get(&keys::tombstone(&id))?) {
+    if let (None, Some(stone)) = (load(state, &id)?, state.get(&keys::tombstone(&id))?) {
         // Again: the name may still have to be released.
-        let name = String::from_utf8_lossy(&name).into_owned();
+        let name = Tombstone::decode(&stone)?.name;
         return Ok((Reply::Removed { name }, Vec::new()));
     }
     let sandbox = held(state, &id, c.epoch)?;
@@ -167,12 +177,20 @@ pub(crate) fn remove(state: &dyn KvRead, c: &request::RemoveSandbox) -> Applied 
         Write::Delete {
             key: keys::meta(&id),
         },
+        Write::Delete {
+            key: keys::labels(&id),
+        },
         Write::Put {
             key: keys::tombstone(&id),
-            value: sandbox.name.clone().into_bytes(),
+            value: Tombstone {
+                removed: gc_of(state)?.round,
+                name: sandbox.name.clone(),
+            }
+            .encode(),
         },
     ];
-    for table in [Table::Turn, Table::Manifest, Table::Checkpoint, Table::Key] {
+    // Its manifests and turns stay until a collection has seen that it is gone: someone may be forking it.
+    for table in [Table::Checkpoint, Table::Key, Table::Keep] {
         writes.push(Write::DeletePrefix {
             prefix: keys::of_sandbox(table, &id),
         });
@@ -216,9 +234,11 @@ pub(crate) fn commit(state: &dyn KvRead, c: &request::Commit) -> Applied {
         let same_record = state
             .get(&keys::turn(&id, turn))?
             .is_some_and(|old| old == c.record);
-        let same_manifest = match state.get(&keys::manifest(&id, turn))? {
-            Some(row) => Some(records::decode_manifest(&row)?.0) == new,
-            None => new.is_none(),
+        let same_manifest = match (state.get(&keys::manifest(&id, turn))?, new) {
+            (Some(row), new) => Some(ManifestRow::decode(&row)?.id) == new,
+            (None, None) => true,
+            // The same bytes were committed by an earlier turn, which keeps them.
+            (None, Some(new)) => state.get(&keys::checkpoint(&id, &new))?.is_some(),
         };
         return if same_record && same_manifest {
             Ok((Reply::Done, Vec::new()))
@@ -243,12 +263,8 @@ pub(crate) fn commit(state: &dyn KvRead, c: &request::Commit) -> Applied {
             ),
         ));
     }
-    if !c.session.is_empty() {
-        let session = session_id(&c.session)?;
-        if is_expired(state, &session)? {
-            return Err(session_expired(&session));
-        }
-    }
+    let names_chunks = new.is_some() || record.links().next().is_some();
+    rests_on_what_is_there(state, &id, c, names_chunks)?;
     if new != Some(record.checkpoint)
         && state
             .get(&keys::checkpoint(&id, &record.checkpoint))?
@@ -273,15 +289,20 @@ pub(crate) fn commit(state: &dyn KvRead, c: &request::Commit) -> Applied {
         writes.push(Write::Put { key, value });
     }
     if let Some(checkpoint) = new {
-        writes.push(Write::Put {
-            key: keys::manifest(&id, turn),
-            value: records::encode_manifest(&checkpoint, &c.manifest),
-        });
-        // The first turn that committed these bytes keeps the index: its row stays as long as the sandbox.
+        // The first turn that committed these bytes keeps them.
         let key = keys::checkpoint(&id, &checkpoint);
         if state.get(&key)?.is_none() {
             let value = records::encode_number(turn.0);
             writes.push(Write::Put { key, value });
+            let row = ManifestRow {
+                removed: None,
+                id: checkpoint,
+                manifest: &c.manifest,
+            };
+            writes.push(Write::Put {
+                key: keys::manifest(&id, turn),
+                value: row.encode(),
+            });
         }
     }
     writes.push(Write::Put {
@@ -289,8 +310,38 @@ pub(crate) fn commit(state: &dyn KvRead, c: &request::Commit) -> Applied {
         value: c.record.to_vec(),
     });
     sandbox.turns += 1;
+    sandbox.changes = sandbox.changes.saturating_add(1);
     sandbox.last_turn = turn;
     sandbox.head = Some(record.checkpoint);
     writes.push(put(&id, &sandbox));
     Ok((Reply::Done, writes))
+}
+
+/// A commit that names chunks says what it rests on: the lowest round of all answers that it used, or a checkpoint of the same sandbox that has all
+/// those chunks, or both where some come from here and some from there.
+fn rests_on_what_is_there(
+    state: &dyn KvRead,
+    id: &SandboxId,
+    c: &request::Commit,
+    names_chunks: bool,
+) -> Result<(), Refusal> {
+    if c.round != 0 {
+        check_fence(&gc_of(state)?, c.round)?;
+    }
+    if !c.base.is_empty() {
+        let base = CheckpointId(array(&c.base, "a checkpoint id has 32 bytes")?);
+        if state.get(&keys::checkpoint(id, &base))?.is_none() {
+            return Err(Refusal::upload_again(format!(
+                "checkpoint {base} of sandbox {id}, on which turn {} rests, was removed",
+                c.turn
+            )));
+        }
+    }
+    if names_chunks && c.round == 0 && c.base.is_empty() {
+        return Err(Refusal::new(
+            ErrorKind::Invalid,
+            format!("turn {} does not say what it rests on", c.turn),
+        ));
+    }
+    Ok(())
 }

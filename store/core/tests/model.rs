@@ -10,8 +10,8 @@ use tidepool_proto::wire::{join_names, request};
 use tidepool_proto::{CheckpointId, ChunkName, Epoch, ErrorKind, SandboxId, SessionId, TurnNo};
 use tidepool_store_core::op::Op;
 use tidepool_store_core::{
-    Command, Group, KvRead, Outcome, ReadError, Refusal, Reply, SandboxState, ShardStats, Write,
-    apply, keys, op,
+    ChunkState, Command, Group, KvRead, Outcome, ReadError, Refusal, Reply, SandboxState,
+    ShardStats, Write, apply, keys, op,
 };
 
 /// A group's state in memory.
@@ -65,10 +65,9 @@ impl Memory {
         SandboxState::decode(&self.0[&keys::sandbox(&id)]).unwrap()
     }
 
-    fn pins(&self, session: SessionId) -> BTreeSet<Vec<u8>> {
-        let prefix = keys::pins(&session);
-        let keys = self.0.keys().filter(|k| k.starts_with(&prefix));
-        keys.map(|k| k[prefix.len()..].to_vec()).collect()
+    fn stamp(&self, n: u8) -> Option<u64> {
+        let value = self.0.get(&keys::chunk(&name(n)))?;
+        Some(ChunkState::decode(value).unwrap().stamp)
     }
 }
 
@@ -136,6 +135,8 @@ fn commit(
         },
         manifest: if new { manifest.into() } else { Bytes::new() },
         session: Bytes::new(),
+        round: 1,
+        base: Bytes::new(),
     }
 }
 
@@ -143,7 +144,7 @@ fn kind(result: Result<Reply, Refusal>) -> ErrorKind {
     result.unwrap_err().kind
 }
 
-fn add(session: u8, names: &[u8], expires_ms: u64) -> Op {
+fn add_kind(session: u8, names: &[u8], expires_ms: u64, kind: u8) -> Op {
     let lens: Vec<u8> = names
         .iter()
         .flat_map(|n| u32::from(*n).to_le_bytes())
@@ -153,7 +154,12 @@ fn add(session: u8, names: &[u8], expires_ms: u64) -> Op {
         expires_ms,
         names: join_names(&names.iter().map(|n| name(*n)).collect::<Vec<_>>()),
         lens: lens.into(),
+        kinds: vec![kind; names.len()].into(),
     })
+}
+
+fn add(session: u8, names: &[u8], expires_ms: u64) -> Op {
+    add_kind(session, names, expires_ms, op::BROUGHT)
 }
 
 fn pin(session: u8, names: &[u8], expires_ms: u64) -> Op {
@@ -308,7 +314,21 @@ fn a_removed_sandbox_stays_removed() {
         kind(m.run(Op::Commit(commit(1, 1, 2, 0, None)))),
         ErrorKind::Fenced
     );
+    // What a collection may still need goes when one has cut after the removal.
+    let purge = || {
+        Op::Purge(op::Purge {
+            sandboxes: bytes16(1),
+            ..op::Purge::default()
+        })
+    };
+    let whole = m.clone();
+    m.run(purge()).unwrap();
+    assert_eq!(m, whole);
+    m.run(Op::BeginRound(op::Round { round: 2 })).unwrap();
+    m.run(Op::Cut(op::Round { round: 2 })).unwrap();
+    m.run(purge()).unwrap();
     m.0.remove(&keys::tombstone(&id(1)));
+    m.0.remove(&keys::gc());
     assert_eq!(m, before_other);
 }
 
@@ -347,24 +367,17 @@ fn a_name_that_was_never_used_can_be_taken_away() {
 }
 
 #[test]
-fn an_expired_session_is_told_so() {
+fn a_session_ends_by_itself_when_it_is_over() {
     let mut m = Memory::default();
-    m.run(create(1, "a")).unwrap();
     m.run(pin(1, &[1, 2], 100)).unwrap();
     m.run(add(1, &[1], 200)).unwrap();
     // Renewed meanwhile: a late shorter renewal does not count.
     m.run(pin(1, &[3], 50)).unwrap();
+    let key = keys::session(&SessionId([1; 16]));
     m.run_at(Group::Shard, 150, expire(1)).unwrap();
-    assert_eq!(m.pins(SessionId([1; 16])).len(), 3);
+    assert!(m.0.contains_key(&key));
     m.run_at(Group::Shard, 200, expire(1)).unwrap();
-    assert!(m.pins(SessionId([1; 16])).is_empty());
-    assert_eq!(kind(m.run(pin(1, &[1], 900))), ErrorKind::Conflict);
-    assert_eq!(kind(m.run(add(1, &[4], 900))), ErrorKind::Conflict);
-    let mut c = commit(1, 1, 1, 0, None);
-    c.session = bytes16(1);
-    assert_eq!(kind(m.run(Op::Commit(c.clone()))), ErrorKind::Conflict);
-    c.session = bytes16(2);
-    m.run(Op::Commit(c)).unwrap();
+    assert!(!m.0.contains_key(&key));
     // Chunks stay until a collection takes them.
     assert!(m.0.contains_key(&keys::chunk(&name(1))));
 }
@@ -376,6 +389,7 @@ fn commands_keep_to_their_groups() {
     let image = Op::PutImage(request::PutImage {
         name: "i".into(),
         record: Bytes::new(),
+        ..request::PutImage::default()
     });
     assert_eq!(kind(m.run(image.clone())), ErrorKind::Invalid);
     m.meta(image).unwrap();
@@ -485,40 +499,71 @@ proptest! {
         }
     }
 
-    /// A name is pinned exactly while a session that named it is open, and counts follow the chunks.
+    /// Chunks carry the newest round in which they were added or pinned, and counts follow them.
     #[test]
-    fn pins_follow_sessions(steps in prop::collection::vec((0u8..4, 0u8..3, prop::collection::vec(0u8..20, 0..8)), 1..40)) {
+    fn stamps_and_counts_follow_chunks(steps in prop::collection::vec((0u8..6, 0u8..3, prop::collection::vec(0u8..20, 0..8)), 1..60)) {
         let mut m = Memory::default();
-        let mut pins: BTreeMap<u8, BTreeSet<Vec<u8>>> = BTreeMap::new();
         let mut chunks: BTreeMap<u8, u64> = BTreeMap::new();
+        let (mut round, mut fence) = (1, 1);
         for (what, session, names) in steps {
-            let named = names.iter().map(|n| name(*n).0.to_vec());
             match what {
                 0 => {
                     m.run(end(session)).unwrap();
-                    pins.remove(&session);
                 }
                 1 => {
                     let missing = m.run(pin(session, &names, 1)).unwrap();
                     let wanted = (0..names.len() as u32).filter(|i| !chunks.contains_key(&names[*i as usize]));
-                    prop_assert_eq!(missing, Reply::Missing(wanted.collect()));
-                    pins.entry(session).or_default().extend(named);
+                    prop_assert_eq!(missing, Reply::Missing { names: wanted.collect(), round });
+                    for n in &names {
+                        chunks.entry(*n).and_modify(|stamp| *stamp = round);
+                    }
+                }
+                2 => {
+                    round += 1;
+                    let begun = m.run(Op::BeginRound(op::Round { round })).unwrap();
+                    prop_assert_eq!(begun, Reply::Gc { round, fence });
+                }
+                3 => {
+                    fence = round;
+                    let cut = m.run(Op::Cut(op::Round { round })).unwrap();
+                    prop_assert_eq!(cut, Reply::Gc { round, fence });
+                }
+                4 => {
+                    let sweep = Op::Sweep(op::Sweep {
+                        round,
+                        names: join_names(&names.iter().map(|n| name(*n)).collect::<Vec<_>>()),
+                    });
+                    let result = m.run(sweep);
+                    if round != fence {
+                        prop_assert_eq!(kind(result), ErrorKind::Conflict);
+                    } else {
+                        let gone: BTreeSet<u8> = names.iter().copied().filter(|n| chunks.get(n).is_some_and(|s| *s < round)).collect();
+                        let bytes = gone.iter().map(|n| u64::from(*n)).sum();
+                        prop_assert_eq!(result, Ok(Reply::Swept { names: gone.iter().map(|n| name(*n)).collect(), bytes }));
+                        chunks.retain(|n, _| !gone.contains(n));
+                    }
                 }
                 _ => {
                     let new: BTreeSet<u8> = names.iter().copied().filter(|n| !chunks.contains_key(n)).collect();
+                    if session == 0 && !new.is_empty() {
+                        // Thought to be there, and gone: nothing of it is taken.
+                        let before = m.clone();
+                        let refused = m.run(add_kind(session, &names, 1, 0)).unwrap_err();
+                        prop_assert!(refused.again && !refused.upload_again);
+                        prop_assert_eq!(&before, &m);
+                    }
                     let bytes = new.iter().map(|n| u64::from(*n)).sum();
                     let added = m.run(add(session, &names, 1)).unwrap();
-                    prop_assert_eq!(added, Reply::Added { chunks: new.len() as u64, bytes });
-                    chunks.extend(new.into_iter().map(|n| (n, u64::from(n))));
-                    pins.entry(session).or_default().extend(named);
+                    prop_assert_eq!(added, Reply::Added { chunks: new.len() as u64, bytes, round });
+                    chunks.extend(names.iter().map(|n| (*n, round)));
                 }
             }
-            for s in 0..3 {
-                prop_assert_eq!(m.pins(SessionId([s; 16])), pins.get(&s).cloned().unwrap_or_default());
+            for n in 0..20 {
+                prop_assert_eq!(m.stamp(n), chunks.get(&n).copied());
             }
             let stats = m.0.get(&keys::stats()).map(|b| ShardStats::decode(b).unwrap()).unwrap_or_default();
             prop_assert_eq!(stats.chunks, chunks.len() as u64);
-            prop_assert_eq!(stats.chunk_bytes, chunks.values().sum::<u64>());
+            prop_assert_eq!(stats.chunk_bytes, chunks.keys().map(|n| u64::from(*n)).sum::<u64>());
         }
     }
 }

@@ -20,10 +20,17 @@ pub(crate) const FETCH_NAMES: usize = 256;
 /// Ticks after a failed fetch.
 pub(crate) const RETRY_TICKS: u32 = 3;
 
-/// The names of chunks whose bodies an entry rests on.
+/// The names of chunks whose bodies an entry brings. What it thinks to be there already was brought by an entry before it, or it is
+/// refused when it is applied.
 pub(crate) fn names_of(entry: &Entry) -> Vec<ChunkName> {
     match Command::decode(&*entry.data).map(|c| c.op) {
-        Ok(Some(op::Op::AddChunks(c))) => split_names(&c.names).unwrap_or_default(),
+        Ok(Some(op::Op::AddChunks(c))) => {
+            let names = split_names(&c.names).unwrap_or_default();
+            // Without a kind it counts as brought: doubt waits.
+            let brought = |i: usize| c.kinds.get(i).is_none_or(|k| k & op::BROUGHT != 0);
+            let all = names.into_iter().enumerate();
+            all.filter(|(i, _)| brought(*i)).map(|(_, n)| n).collect()
+        }
         _ => Vec::new(),
     }
 }

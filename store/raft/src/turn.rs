@@ -2,7 +2,7 @@
 
 use prost::Message as _;
 use raft::eraftpb::Message;
-use tidepool_proto::ErrorKind;
+use tidepool_proto::{ChunkName, ErrorKind};
 use tidepool_store_core::{Command, Group as Kind, META_GROUP, Outcome, Refusal, Reply, apply};
 
 use crate::api::{Action, CoreError, Rejection};
@@ -30,6 +30,8 @@ enum Then {
     Applied {
         last: Vec<(u32, u64)>,
         answers: Answers,
+        /// Chunks that a collection took, by group: their bodies go.
+        swept: Vec<(u32, Vec<ChunkName>)>,
     },
     Nothing,
 }
@@ -122,9 +124,13 @@ impl<D: Disk> Core<D> {
                 }
                 self.apply_all()
             }
-            Then::Applied { last, answers } => {
+            Then::Applied {
+                last,
+                answers,
+                swept,
+            } => {
                 self.applied(last, answers)?;
-                Ok(())
+                self.sweep(swept)
             }
             Then::Nothing => Ok(()),
         }
@@ -138,7 +144,7 @@ impl<D: Disk> Core<D> {
     fn apply_all(&mut self) -> Result<(), CoreError> {
         let (mut ops, mut last_of) = (Vec::new(), Vec::new());
         let mut answers: Answers = Vec::new();
-        let mut late = Vec::new();
+        let (mut late, mut swept) = (Vec::new(), Vec::new());
         for (number, replica) in &mut self.groups {
             let group = *number;
             let committed = replica.group.persisted()?;
@@ -167,6 +173,9 @@ impl<D: Disk> Core<D> {
                             });
                         }
                         view.write(outcome.writes, &mut ops);
+                        if let Ok(Reply::Swept { names, .. }) = &outcome.result {
+                            swept.push((group, names.clone()));
+                        }
                         if let Some(token) = token {
                             answers.push((token, outcome.result));
                         }
@@ -186,6 +195,7 @@ impl<D: Disk> Core<D> {
                 then: Then::Applied {
                     last: last_of,
                     answers,
+                    swept,
                 },
             });
         }
@@ -216,6 +226,16 @@ impl<D: Disk> Core<D> {
                 sync: false,
                 then: Then::Nothing,
             });
+        }
+        Ok(())
+    }
+
+    /// Deletes the bodies of what was swept, but for those that an entry brings which is not applied yet.
+    fn sweep(&mut self, swept: Vec<(u32, Vec<ChunkName>)>) -> Result<(), CoreError> {
+        for (group, mut names) in swept {
+            let mut named = self.is_named(&names).into_iter();
+            names.retain(|_| named.next() == Some(false));
+            self.disk.delete_bodies(group, &names)?;
         }
         Ok(())
     }
@@ -275,10 +295,10 @@ fn run_command<D: Disk>(group: u32, view: &StateView<'_, D>, data: &[u8]) -> Out
     match Command::decode(data) {
         Ok(command) => apply(kind, view, &command),
         Err(e) => Outcome {
-            result: Err(Refusal {
-                kind: ErrorKind::Corruption,
-                text: format!("a log entry is not a command: {e}"),
-            }),
+            result: Err(Refusal::new(
+                ErrorKind::Corruption,
+                format!("a log entry is not a command: {e}"),
+            )),
             writes: Vec::new(),
         },
     }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Cluster, add_chunk, chunk};
+use common::{Cluster, add_chunk, chunk, collect, sweep};
 use tidepool_store_core::keys;
 use tidepool_store_raft::Rejection;
 
@@ -195,4 +195,35 @@ fn a_full_disk_refuses_writes_answers_reads_and_goes_on() {
     c.settle();
     assert!(c.answers[&caught].is_ok());
     assert!(has(&c, 1, 1) && !has(&c, 1, 2));
+}
+
+#[test]
+fn swept_bodies_go_on_every_replica_unless_a_later_entry_brings_them() {
+    let mut c = Cluster::new(&[GROUP], &[1, 2, 3], &[]);
+    let leader = c.elect(GROUP, None);
+    for number in [1, 2] {
+        c.add(leader, GROUP, number);
+    }
+    c.settle();
+    for command in collect(2) {
+        let token = c.propose(leader, GROUP, command);
+        c.settle();
+        assert!(c.answers[&token].is_ok(), "{:?}", c.answers[&token]);
+    }
+    let sweeps = [1, 2].map(|number| c.propose(leader, GROUP, sweep(2, number)));
+    // In the log behind the sweep, before that is applied.
+    let again = c.add(leader, GROUP, 2);
+    c.ticks(5);
+    assert!(c.answers[&again].is_ok());
+    for token in sweeps {
+        assert!(c.answers[&token].is_ok(), "{:?}", c.answers[&token]);
+    }
+    for node in 1..=3 {
+        assert!(!has(&c, node, 1) && has(&c, node, 2), "node {node}");
+        let bodies = &c.nodes[&node].disk().bodies;
+        assert!(
+            !bodies.contains(&chunk(1)) && bodies.contains(&chunk(2)),
+            "node {node}"
+        );
+    }
 }

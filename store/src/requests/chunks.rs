@@ -1,21 +1,25 @@
 //! Chunks: pin, put, get.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use tidepool_proto::body::check;
+use tidepool_proto::body::{check, is_linked};
 use tidepool_proto::wire::{
     ANSWER_BYTES, MAX_SESSION_TTL_MS, array, join_names, request, response, split_bodies,
     split_names,
 };
 use tidepool_proto::{ChunkName, ErrorKind};
+use tidepool_store_client::lower_round;
 use tidepool_store_core::{Command, Reply, keys, op};
 use tokio::sync::oneshot;
 
 use super::{Answer, Failure, Shared, done};
 use crate::db::DbError;
 use crate::driver::{DriverError, now_ms, received};
+
+/// How often a put brings bodies that a collection took from under it.
+const PUT_ROUNDS: usize = 3;
 
 /// Something for each of a shard's names.
 type ByShard<T> = BTreeMap<u32, Vec<T>>;
@@ -63,10 +67,12 @@ pub(super) async fn pin(shared: &Arc<Shared>, r: request::Pin) -> Answer {
         (*group, op)
     });
     let mut missing = vec![false; names.len()];
+    let mut lowest = 0;
     for (group, result) in propose_all(shared, commands) {
         let at = &shards[&group];
-        if let Reply::Missing(list) = received(result).await? {
-            for i in list {
+        if let Reply::Missing { names, round } = received(result).await? {
+            lowest = lower_round(lowest, round);
+            for i in names {
                 if let Some(i) = at.get(i as usize) {
                     missing[*i as usize] = true;
                 }
@@ -78,7 +84,10 @@ pub(super) async fn pin(shared: &Arc<Shared>, r: request::Pin) -> Answer {
         .zip(missing)
         .filter(|(name, missing)| *missing || shared.damaged.contains(name))
         .map(|(name, _)| name);
-    Ok(response::Op::Missing(join_names(missing)))
+    Ok(response::Op::Pinned(response::Pinned {
+        missing: join_names(missing),
+        round: lowest,
+    }))
 }
 
 pub(super) async fn put(shared: &Arc<Shared>, r: request::Put) -> Answer {
@@ -96,43 +105,85 @@ pub(super) async fn put(shared: &Arc<Shared>, r: request::Put) -> Answer {
         return Err(Failure::full());
     };
     let all: BTreeMap<ChunkName, Bytes> = names.into_iter().zip(bodies).collect();
-    let (all, new) = shared.blocking(move |shared| sift(shared, all)).await?;
-    let mut answer = response::Put {
-        stored: new.len() as u64,
-        stored_bytes: new.iter().map(|(_, b)| b.len() as u64).sum(),
-        present: (all.len() - new.len()) as u64,
-    };
-    if !new.is_empty() {
-        let names: Vec<ChunkName> = new.iter().map(|(n, _)| *n).collect();
-        shared.writer.put(new).await?;
-        shared.damaged.healed(&names);
-    }
-    let mut shards: ByShard<(ChunkName, u32)> = BTreeMap::new();
-    for (name, body) in &all {
-        shards
-            .entry(shared.map.of_chunk(name))
-            .or_default()
-            .push((*name, body.len() as u32));
-    }
+    // Until the entries that name them are decided, no body of these is deleted here.
+    let _held = shared.holds.hold(all.keys().copied());
+    let (all, mut new) = shared.blocking(move |shared| sift(shared, all)).await?;
     let expires_ms = expires(r.ttl_ms);
-    let commands = shards.iter().map(|(group, chunks)| {
-        let mut lens = BytesMut::with_capacity(chunks.len() * 4);
-        for (_, len) in chunks {
-            lens.extend_from_slice(&len.to_le_bytes());
-        }
-        let op = op::Op::AddChunks(op::AddChunks {
-            session: r.session.clone(),
-            expires_ms,
-            names: join_names(chunks.iter().map(|(n, _)| n)),
-            lens: lens.freeze(),
-        });
-        (*group, op)
-    });
-    for (_, result) in propose_all(shared, commands) {
-        received(result).await?;
+    let mut answer = response::Put::default();
+    let mut stored = BTreeSet::new();
+    let mut open: BTreeMap<u32, Vec<ChunkName>> = BTreeMap::new();
+    for name in all.keys() {
+        let shard = open.entry(shared.map.of_chunk(name)).or_default();
+        shard.push(*name);
     }
-    answer.stored = answer.stored.min(all.len() as u64);
-    Ok(response::Op::Put(answer))
+    for _ in 0..PUT_ROUNDS {
+        if !new.is_empty() {
+            let names: Vec<ChunkName> = new.iter().map(|(n, _)| *n).collect();
+            answer.stored_bytes += new.iter().map(|(_, b)| b.len() as u64).sum::<u64>();
+            shared.writer.put(std::mem::take(&mut new)).await?;
+            shared.damaged.healed(&names);
+            stored.extend(names);
+        }
+        let commands = open.iter().map(|(group, names)| {
+            (
+                *group,
+                add_chunks(&r.session, expires_ms, names, &all, &stored),
+            )
+        });
+        let mut collected = Vec::new();
+        for (group, result) in propose_all(shared, commands) {
+            match received(result).await {
+                Ok(Reply::Added { round, .. }) => {
+                    answer.round = lower_round(answer.round, round);
+                }
+                Ok(_) => {}
+                // A chunk that was there when we looked was collected: its body is in hand.
+                Err(DriverError::Refused(refusal)) if refusal.again => collected.push(group),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if collected.is_empty() {
+            answer.stored = stored.len() as u64;
+            answer.present = (all.len() - stored.len()) as u64;
+            return Ok(response::Op::Put(answer));
+        }
+        open.retain(|group, _| collected.contains(group));
+        let again = open.values().flatten().filter(|n| !stored.contains(*n));
+        new = again.map(|n| (*n, all[n].clone())).collect();
+    }
+    Err(Failure::again(
+        "these chunks are being collected: send them again",
+    ))
+}
+
+/// The entry that names these chunks of one shard.
+fn add_chunks(
+    session: &Bytes,
+    expires_ms: u64,
+    names: &[ChunkName],
+    all: &BTreeMap<ChunkName, Bytes>,
+    stored: &BTreeSet<ChunkName>,
+) -> op::Op {
+    let mut lens = BytesMut::with_capacity(names.len() * 4);
+    let mut kinds = BytesMut::with_capacity(names.len());
+    for name in names {
+        let body = &all[name];
+        lens.extend_from_slice(&(body.len() as u32).to_le_bytes());
+        let brought = if stored.contains(name) {
+            op::BROUGHT
+        } else {
+            0
+        };
+        let linked = if is_linked(body) { op::LINKED } else { 0 };
+        kinds.extend_from_slice(&[brought | linked]);
+    }
+    op::Op::AddChunks(op::AddChunks {
+        session: session.clone(),
+        expires_ms,
+        names: join_names(names),
+        lens: lens.freeze(),
+        kinds: kinds.freeze(),
+    })
 }
 
 type Bodies = (BTreeMap<ChunkName, Bytes>, Vec<(ChunkName, Bytes)>);

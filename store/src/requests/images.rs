@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tidepool_proto::ErrorKind;
 use tidepool_proto::wire::{ANSWER_BYTES, MAX_RECORD_NAME, WireError, request, response};
-use tidepool_store_core::{META_GROUP, keys, op};
+use tidepool_store_core::{ImageState, META_GROUP, keys, op};
 
 use super::{Answer, Failure, Shared, done};
 use crate::db::Value;
@@ -24,8 +24,13 @@ pub(super) async fn remove(shared: &Arc<Shared>, r: request::Image) -> Answer {
 pub(super) async fn one(shared: &Arc<Shared>, r: request::Image) -> Answer {
     shared
         .read(META_GROUP, move |shared| {
+            // Before the image: a round that begins between the two only makes what rests on this older.
+            let round = shared.round(META_GROUP)?;
             match shared.db.state(META_GROUP, &keys::image(&r.name))? {
-                Some(record) => Ok(response::Op::Record(record.into())),
+                Some(image) => Ok(response::Op::Found(response::Found {
+                    record: ImageState::decode(&image)?.record.into(),
+                    round,
+                })),
                 None => Err(Failure::new(
                     ErrorKind::NotFound,
                     format!("there is no image {:.80}", r.name),
@@ -55,7 +60,10 @@ pub(super) async fn list(shared: &Arc<Shared>, r: request::After) -> Answer {
                     page.more = true;
                     return false;
                 }
-                if let Some(value) = shared.whole(value, &mut page.damaged) {
+                let record = value
+                    .map_err(Failure::from)
+                    .and_then(|v| Ok(ImageState::decode(&v)?.record));
+                if let Some(value) = shared.whole(record, &mut page.damaged) {
                     bytes += value.len() + name.len();
                     page.items.push(response::Record {
                         turn: 0,

@@ -1,7 +1,9 @@
 //! Requests: checked, turned into commands and reads, and answered.
 
 mod chunks;
+pub(crate) mod gc;
 mod images;
+mod retention;
 mod sandboxes;
 
 use std::sync::Arc;
@@ -12,14 +14,18 @@ use tidepool_proto::cluster::Node as Seed;
 use tidepool_proto::wire::{Request, Response, WireError, request, request::Op, response};
 use tidepool_proto::{ErrorKind, SandboxId};
 use tidepool_store_client::{Client, ClientError};
-use tidepool_store_core::{Command, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op};
+use tidepool_store_core::{
+    Command, GcState, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op,
+};
 
 use crate::bodies::{BodyStore, BodyWriter, Damaged};
 use crate::db::{Db, DbError};
 use crate::driver::{DriverError, Handle, received};
+use crate::gc::Collector;
+use crate::holds::Holds;
 use crate::peers::Peers;
 use crate::pki::{Caller, Pki};
-use crate::server::error;
+use crate::scrub::Scrubber;
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
 use crate::{cluster, join};
@@ -42,6 +48,9 @@ pub(crate) struct Shared {
     pub(crate) writer: BodyWriter,
     pub(crate) damaged: Damaged,
     pub(crate) space: Space,
+    pub(crate) holds: Holds,
+    pub(crate) collector: Collector,
+    pub(crate) scrubber: Scrubber,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -52,6 +61,8 @@ pub(crate) struct Failure {
     text: String,
     /// Asking again soon may help.
     again: bool,
+    /// What the request rests on may have been collected.
+    upload_again: bool,
     /// Another node decides this.
     moved: Option<response::NotLeader>,
 }
@@ -62,8 +73,25 @@ impl Failure {
             kind,
             text: text.into(),
             again: false,
+            upload_again: false,
             moved: None,
         }
+    }
+
+    pub(crate) fn again(text: impl Into<String>) -> Self {
+        Self {
+            again: true,
+            ..Self::new(ErrorKind::Unavailable, text)
+        }
+    }
+
+    /// Whether another node decides this.
+    pub(crate) fn is_moved(&self) -> bool {
+        self.moved.is_some()
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
     }
 
     fn full() -> Self {
@@ -82,7 +110,11 @@ impl From<WireError> for Failure {
 
 impl From<Refusal> for Failure {
     fn from(e: Refusal) -> Self {
-        Self::new(e.kind, e.text)
+        Self {
+            again: e.again,
+            upload_again: e.upload_again,
+            ..Self::new(e.kind, e.text)
+        }
     }
 }
 
@@ -115,24 +147,17 @@ impl From<DriverError> for Failure {
     fn from(e: DriverError) -> Self {
         match e {
             DriverError::Refused(refusal) => refusal.into(),
-            DriverError::Again(why) => Self {
-                kind: ErrorKind::Unavailable,
-                text: why.to_owned(),
-                again: true,
-                moved: None,
-            },
+            DriverError::Again(why) => Self::again(why),
             DriverError::NotLeader { group, leader } => Self {
-                kind: ErrorKind::Unavailable,
-                text: format!("group {group} is led elsewhere"),
-                again: true,
                 moved: Some(response::NotLeader { group, leader }),
+                ..Self::again(format!("group {group} is led elsewhere"))
             },
             DriverError::Full => Self::full(),
         }
     }
 }
 
-type Answer = Result<response::Op, Failure>;
+pub(crate) type Answer = Result<response::Op, Failure>;
 
 /// Answers one request.
 pub(crate) async fn answer(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Response {
@@ -146,7 +171,13 @@ pub(crate) async fn answer(shared: &Arc<Shared>, caller: &Caller, request: Reque
             if let Some(moved) = failure.moved {
                 return response::Op::NotLeader(moved).into();
             }
-            error(failure.kind, failure.text, failure.again)
+            response::Op::Error(response::Error {
+                kind: tidepool_proto::wire::kind_code(failure.kind),
+                text: failure.text,
+                again: failure.again,
+                upload_again: failure.upload_again,
+            })
+            .into()
         }
     }
 }
@@ -198,6 +229,19 @@ async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> An
         Op::Image(r) => images::one(shared, r).await,
         Op::Images(r) => images::list(shared, r).await,
         Op::RemoveImage(r) => images::remove(shared, r).await,
+        Op::GcRoots(r) => gc::roots(shared, r).await,
+        Op::GcLinks(r) => gc::links(shared, r).await,
+        Op::GcOld(r) => gc::old(shared, r).await,
+        Op::GcRun(r) => crate::gc::run(shared, r).await,
+        Op::GcStatus(_) => crate::gc::status(shared).await,
+        Op::ScrubStart(r) => crate::scrub::start(shared, &r),
+        Op::ScrubStatus(_) => crate::scrub::status(shared),
+        Op::KeepCheckpoint(r) => retention::keep(shared, r).await,
+        Op::Kept(r) => retention::kept(shared, r).await,
+        Op::RemoveCheckpoints(r) => retention::remove(shared, r).await,
+        Op::SetPolicies(r) => retention::set_policies(shared, r).await,
+        Op::Policies(_) => retention::policies(shared).await,
+        Op::LabelSandbox(r) => retention::label(shared, r).await,
     }
 }
 
@@ -205,7 +249,16 @@ async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> An
 pub(crate) fn is_long(request: &Request) -> bool {
     matches!(
         request.op,
-        Some(Op::Get(_) | Op::Sandboxes(_) | Op::Manifests(_) | Op::Turns(_) | Op::Images(_))
+        Some(
+            Op::Get(_)
+                | Op::Sandboxes(_)
+                | Op::Manifests(_)
+                | Op::Turns(_)
+                | Op::Images(_)
+                | Op::GcRoots(_)
+                | Op::GcLinks(_)
+                | Op::GcOld(_)
+        )
     )
 }
 
@@ -275,6 +328,14 @@ impl Shared {
         .ok()
     }
 
+    /// A group's round of collection. Whoever reads something that others may come to rest on reads this first.
+    pub(crate) fn round(&self, group: u32) -> Result<u64, Failure> {
+        Ok(match self.db.state(group, &keys::gc())? {
+            Some(value) => GcState::decode(&value)?.round,
+            None => GcState::default().round,
+        })
+    }
+
     /// Runs something that reads the disk where it holds nobody up.
     pub(crate) async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
@@ -287,7 +348,7 @@ impl Shared {
     }
 
     /// Reads from a group's state, which shows everything acknowledged before.
-    async fn read<T: Send + 'static>(
+    pub(crate) async fn read<T: Send + 'static>(
         self: &Arc<Self>,
         group: u32,
         f: impl FnOnce(&Self) -> Result<T, Failure> + Send + 'static,
@@ -305,7 +366,7 @@ impl Shared {
     }
 
     /// Proposes a command that frees something, if there is room for its record.
-    async fn write_freeing(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
+    pub(crate) async fn write_freeing(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
         if !self.space.may_free() {
             return Err(Failure::full());
         }

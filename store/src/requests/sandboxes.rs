@@ -7,7 +7,7 @@ use tidepool_proto::turn::MAX_KEY;
 use tidepool_proto::wire::{ANSWER_BYTES, WireError, array, request, response};
 use tidepool_proto::{CheckpointId, ErrorKind, SandboxId, TurnNo};
 use tidepool_store_core::keys::{self, Table};
-use tidepool_store_core::{META_GROUP, Reply, SandboxState, decode_manifest, decode_number, op};
+use tidepool_store_core::{META_GROUP, ManifestRow, Reply, SandboxState, decode_number, op};
 
 use super::{Answer, Failure, Shared, done, sandbox_id};
 use crate::db::Value;
@@ -96,6 +96,12 @@ fn load(
             .unwrap_or_default(),
         version: state.meta_version,
         meta: meta.into(),
+        changes: state.changes,
+        labels: shared
+            .db
+            .state(group, &keys::labels(&id))?
+            .unwrap_or_default()
+            .into(),
     })
 }
 
@@ -185,6 +191,8 @@ pub(super) async fn manifest(shared: &Arc<Shared>, r: request::Manifest) -> Answ
     let group = shared.map.of_sandbox(&id);
     shared
         .read(group, move |shared| {
+            // Before the manifest: a round that begins between the two only makes what rests on this older.
+            let round = shared.round(group)?;
             let gone = |what: &str| {
                 Failure::new(
                     ErrorKind::Corruption,
@@ -204,34 +212,37 @@ pub(super) async fn manifest(shared: &Arc<Shared>, r: request::Manifest) -> Answ
             let Some(row) = shared.db.state(group, &keys::manifest(&id, turn))? else {
                 return Err(gone("its manifest is gone"));
             };
-            let (found, manifest) = decode_manifest(&row)?;
-            if found != checkpoint {
+            let row = ManifestRow::decode(&row)?;
+            if row.id != checkpoint || row.removed.is_some() {
                 return Err(gone("another manifest is in its place"));
             }
-            Ok(response::Op::Record(Bytes::copy_from_slice(manifest)))
+            Ok(response::Op::Found(response::Found {
+                record: Bytes::copy_from_slice(row.manifest),
+                round,
+            }))
         })
         .await
 }
 
 pub(super) async fn manifests(shared: &Arc<Shared>, r: request::FromTurn) -> Answer {
     by_turn(shared, r, Table::Manifest, |turn, value| {
-        let (checkpoint, manifest) = decode_manifest(&value)?;
-        Ok(response::Record {
+        let row = ManifestRow::decode(&value)?;
+        Ok(row.removed.is_none().then(|| response::Record {
             turn,
-            key: Bytes::copy_from_slice(&checkpoint.0),
-            bytes: Bytes::copy_from_slice(manifest),
-        })
+            key: Bytes::copy_from_slice(&row.id.0),
+            bytes: Bytes::copy_from_slice(row.manifest),
+        }))
     })
     .await
 }
 
 pub(super) async fn turns(shared: &Arc<Shared>, r: request::FromTurn) -> Answer {
     by_turn(shared, r, Table::Turn, |turn, value| {
-        Ok(response::Record {
+        Ok(Some(response::Record {
             turn,
             key: Bytes::new(),
             bytes: value.into(),
-        })
+        }))
     })
     .await
 }
@@ -240,7 +251,7 @@ async fn by_turn(
     shared: &Arc<Shared>,
     r: request::FromTurn,
     table: Table,
-    item: impl Fn(u64, Vec<u8>) -> Result<response::Record, Failure> + Send + 'static,
+    item: impl Fn(u64, Vec<u8>) -> Result<Option<response::Record>, Failure> + Send + 'static,
 ) -> Answer {
     let id = sandbox_id(&r.sandbox)?;
     let group = shared.map.of_sandbox(&id);
@@ -249,7 +260,14 @@ async fn by_turn(
             let prefix = keys::of_sandbox(table, &id);
             let mut from = prefix.clone();
             from.extend_from_slice(&r.from.to_be_bytes());
-            let mut page = response::Records::default();
+            let mut page = response::Records {
+                round: shared.round(group)?,
+                ..response::Records::default()
+            };
+            // What is left of a removed sandbox is nobody's to see.
+            if shared.db.state(group, &keys::sandbox(&id))?.is_none() {
+                return Ok(response::Op::Records(page));
+            }
             let mut bytes = 0;
             shared.db.scan_state(group, &prefix, &from, |key, value| {
                 if bytes >= ANSWER_BYTES || page.items.len() >= r.limit as usize {
@@ -258,7 +276,7 @@ async fn by_turn(
                 }
                 let turn = keys::turn_of(key).map_or(0, |t| t.0);
                 let record = value.map_err(Failure::from).and_then(|v| item(turn, v));
-                if let Some(record) = shared.whole(record, &mut page.damaged) {
+                if let Some(Some(record)) = shared.whole(record, &mut page.damaged) {
                     bytes += record.bytes.len() + 64;
                     page.items.push(record);
                 }

@@ -13,7 +13,7 @@ use tidepool_proto::turn::{Evidence, TurnRecord, TurnStats, Verdict};
 use tidepool_proto::{
     CheckpointId, ChunkName, DomainKey, Epoch, SandboxId, SessionId, TreeId, TurnNo,
 };
-use tidepool_store::{Node, NodeConfig};
+use tidepool_store::{Node, NodeConfig, Role};
 use tidepool_store_client::{Client, ClientConfig, ClientIdentity, Commit};
 
 pub const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -34,7 +34,7 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 pub fn chunk(seed: u64, len: usize) -> (ChunkName, Bytes) {
     let plain = noise(seed, len);
     let name = key().name(&plain);
-    (name, key().encode(&name, &plain, None).into())
+    (name, key().encode(&name, &plain, &[], None).into())
 }
 
 pub fn sandbox_id(n: u8) -> SandboxId {
@@ -95,6 +95,8 @@ pub fn commit(sandbox: SandboxId, epoch: Epoch, turn: u64) -> Commit {
         key,
         manifest: Some(manifest),
         session: None,
+        round: 1,
+        base: None,
     }
 }
 
@@ -105,6 +107,12 @@ pub async fn start(dir: &Path) -> Node {
 
 pub async fn client(node: &Node) -> Client {
     connect(node.local_addr(), node.client_identity()).await
+}
+
+/// A client that may administer.
+pub async fn operator(node: &Node) -> Client {
+    let identity = node.issue(Role::Operator, Duration::from_secs(600));
+    connect(node.local_addr(), identity.unwrap()).await
 }
 
 pub async fn connect(addr: SocketAddr, identity: ClientIdentity) -> Client {

@@ -158,12 +158,12 @@ fn node(
     if dir.children.is_empty() {
         return Ok(None);
     }
-    let bytes = index.node_of(dir).encode();
+    let value = index.node_of(dir).encode_linked();
     let path = || index.path(id).unwrap_or_default();
-    if bytes.len() > MAX_NODE_LEN {
+    if value.bytes.len() > MAX_NODE_LEN {
         return Err(CaptureError::Unsupported {
             path: shown(&path()),
-            why: format!("its entries take {} bytes", bytes.len()),
+            why: format!("its entries take {} bytes", value.bytes.len()),
         });
     }
     let known: BTreeSet<&ChunkName> = old
@@ -173,10 +173,10 @@ fn node(
     let sink = &mut *ctx.sink;
     store_blob(
         ctx.key,
-        &bytes,
-        &mut |name, plain: &[u8]| match known.contains(&name) {
+        &value,
+        &mut |name, plain: &[u8], links: &[ChunkName]| match known.contains(&name) {
             true => Ok(()),
-            false => sink.chunk(name, plain),
+            false => sink.chunk(name, plain, links),
         },
     )
     .map(Some)
@@ -195,14 +195,15 @@ fn root(
     let Some(dir) = index.dirs.get(&index.root) else {
         return Err(unsupported("its index is empty".into()));
     };
-    let bytes = Node::root(dir.meta.clone(), dir.node.clone()).encode();
-    if bytes.len() > MAX_CHUNK_LEN {
+    let value = Node::root(dir.meta.clone(), dir.node.clone()).encode_linked();
+    if value.bytes.len() > MAX_CHUNK_LEN {
         return Err(unsupported("its root does not fit one chunk".into()));
     }
-    let name = ctx.key.name(&bytes);
+    let links = value.within(0..value.bytes.len());
+    let name = ctx.key.name_linked(&value.bytes, &links);
     index.tree = TreeId(name.0);
     if previous.is_none_or(|p| p.tree != index.tree) {
-        ctx.sink.chunk(name, &bytes)?;
+        ctx.sink.chunk(name, &value.bytes, &links)?;
     }
     Ok(())
 }

@@ -279,6 +279,6 @@ pub(crate) fn cut_error(path: &[u8], e: CutError<SinkError>) -> CaptureError {
 /// The sink as the cutter wants it.
 pub(crate) fn emitter(
     sink: &mut dyn ChunkSink,
-) -> impl FnMut(ChunkName, &[u8]) -> Result<(), SinkError> + '_ {
-    |name, plain| sink.chunk(name, plain)
+) -> impl FnMut(ChunkName, &[u8], &[ChunkName]) -> Result<(), SinkError> + '_ {
+    |name, plain, links| sink.chunk(name, plain, links)
 }

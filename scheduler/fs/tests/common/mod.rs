@@ -17,6 +17,10 @@ pub(crate) struct Chunks {
     pub(crate) map: HashMap<ChunkName, Vec<u8>>,
     /// Calls of `chunk`.
     pub(crate) taken: usize,
+    /// What each chunk refers to.
+    pub(crate) links: HashMap<ChunkName, Vec<ChunkName>>,
+    /// The names that `get` was asked for.
+    pub(crate) read: std::collections::BTreeSet<ChunkName>,
     /// Calls of `get`, and the chunks asked for.
     pub(crate) gets: usize,
     pub(crate) got: usize,
@@ -27,6 +31,8 @@ impl Default for Chunks {
         Self {
             key: key(),
             map: HashMap::new(),
+            links: HashMap::new(),
+            read: Default::default(),
             taken: 0,
             gets: 0,
             got: 0,
@@ -35,8 +41,14 @@ impl Default for Chunks {
 }
 
 impl ChunkSink for Chunks {
-    fn chunk(&mut self, name: ChunkName, plain: &[u8]) -> Result<(), SinkError> {
-        assert_eq!(self.key.name(plain), name);
+    fn chunk(
+        &mut self,
+        name: ChunkName,
+        plain: &[u8],
+        links: &[ChunkName],
+    ) -> Result<(), SinkError> {
+        assert_eq!(self.key.name_linked(plain, links), name);
+        self.links.insert(name, links.to_vec());
         assert!(plain.len() <= tidepool_proto::MAX_CHUNK_LEN);
         self.taken += 1;
         self.map.insert(name, plain.to_vec());
@@ -48,6 +60,7 @@ impl ChunkSource for Chunks {
     fn get(&mut self, names: &[ChunkName]) -> Result<Vec<Vec<u8>>, SourceError> {
         self.gets += 1;
         self.got += names.len();
+        self.read.extend(names);
         names
             .iter()
             .map(|name| {

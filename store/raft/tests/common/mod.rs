@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Entry, HardState};
 use tidepool_proto::{ChunkName, SessionId};
-use tidepool_store_core::{Command, Reply, Write, op};
+use tidepool_store_core::{Command, Reply, Write, keys, op};
 use tidepool_store_raft::{
     Action, Core, CoreConfig, Disk, DiskError, DiskOp, Envelope, Input, LoadedLog, Order, Page,
     PageRequest, Rejection, Row, StagedRow, Target,
@@ -153,10 +153,12 @@ impl Disk for MemDisk {
         Ok(self.bodies.contains(name))
     }
 
-    fn delete_bodies(&mut self, _: u32, names: &[ChunkName]) -> Result<(), DiskError> {
-        names.iter().for_each(|n| {
-            self.bodies.remove(n);
-        });
+    fn delete_bodies(&mut self, group: u32, names: &[ChunkName]) -> Result<(), DiskError> {
+        for name in names {
+            if self.get(group, &keys::chunk(name))?.is_none() {
+                self.bodies.remove(name);
+            }
+        }
         Ok(())
     }
 }
@@ -425,6 +427,17 @@ pub(crate) fn chunk(number: u8) -> ChunkName {
     ChunkName([number; 32])
 }
 
+pub(crate) fn collect(round: u64) -> [Command; 2] {
+    let begin = op::Op::BeginRound(op::Round { round });
+    let cut = op::Op::Cut(op::Round { round });
+    [Command::new(0, begin), Command::new(0, cut)]
+}
+
+pub(crate) fn sweep(round: u64, number: u8) -> Command {
+    let names = Bytes::copy_from_slice(&[number; 32]);
+    Command::new(0, op::Op::Sweep(op::Sweep { round, names }))
+}
+
 pub(crate) fn add_chunk(number: u8) -> Command {
     Command::new(
         0,
@@ -433,6 +446,7 @@ pub(crate) fn add_chunk(number: u8) -> Command {
             expires_ms: 1 << 40,
             names: Bytes::copy_from_slice(&[number; 32]),
             lens: Bytes::copy_from_slice(&100u32.to_le_bytes()),
+            kinds: Bytes::from_static(&[op::BROUGHT]),
         }),
     )
 }

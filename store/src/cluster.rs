@@ -90,12 +90,21 @@ pub(crate) fn topology(shared: &Shared) -> Result<response::Op, Failure> {
         };
         if let Some(status) = statuses.iter().find(|s| s.group == group) {
             out.here = true;
-            out.leader = status.leader;
+            out.leader = status.leader.unwrap_or(0);
             out.term = status.term;
-            out.voters = status.voters.clone();
-            out.learners = status.learners.clone();
+            out.voters = status.conf.voters.clone();
+            // Whoever has a part in the group in another way, as in the middle of a change of members.
+            let others = status.conf.learners.iter();
+            let others = others.chain(&status.conf.learners_next);
+            let others = others.chain(&status.conf.voters_outgoing);
+            out.learners = others
+                .copied()
+                .filter(|id| !status.conf.voters.contains(id))
+                .collect();
+            out.learners.sort_unstable();
+            out.learners.dedup();
             out.applied = status.applied;
-            out.committed = status.committed;
+            out.committed = status.commit;
         }
         groups.push(out);
     }

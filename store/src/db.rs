@@ -6,18 +6,22 @@
 //! Memory is bounded: one cache for all families, which also holds the indexes and filters of tables; a bounded size of unflushed
 //! tables; a bounded number of open files.
 //!
+//! A group's state has two slots: one is what everybody reads, in the other a raft snapshot is collected; installing it flips them in one batch.
+//! The second slot's keys are those of a group whose number has its highest bit set.
+//!
 //! Values of states carry a checksum over key and value beside RocksDB's own: a value that is damaged anywhere on its way, or stands at
 //! another key, is an error and never an answer. A damaged write-ahead log stops the start; only a record cut off at its very end
 //! (the write that was under way when the process or the machine died) is dropped.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rocksdb::{
     BlockBasedIndexType, BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor,
     DBCompressionType, DBRecoveryMode, DBWithThreadMode, Direction, IteratorMode, MultiThreaded,
-    Options, ReadOptions, WriteBatch, WriteOptions,
+    Options, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
 };
-use std::sync::Arc;
 
 use crate::error::StoreError;
 
@@ -28,6 +32,10 @@ pub(crate) const BODIES: &str = "bodies";
 /// Rows of segments.
 pub(crate) const SEGMENTS: &str = "segments";
 const SUM: usize = 4;
+/// Rows of the raft family that say which groups' states are in their second slots; no group has this number.
+const SLOTS: &[u8] = b"\xff\xff\xff\xfeslot";
+/// Of a group's number in keys of its state: the second slot.
+const SECOND: u32 = 1 << 31;
 /// Bytes of the cache of all families.
 const CACHE: usize = 192 << 20;
 
@@ -67,7 +75,13 @@ pub type Value = Result<Vec<u8>, DbError>;
 pub struct Db {
     pub(crate) inner: Arc<DBWithThreadMode<MultiThreaded>>,
     path: Arc<PathBuf>,
+    /// Groups whose states are in their second slots. Readers hold it while they begin a read, so that no flip comes between
+    /// choosing the slot and seeing its rows; never while they call anything.
+    second: Arc<RwLock<BTreeSet<u32>>>,
 }
+
+/// The database, whatever its threads are.
+type Inner = DBWithThreadMode<MultiThreaded>;
 
 fn table_options(cache: &Cache) -> Options {
     let mut block = BlockBasedOptions::default();
@@ -117,10 +131,36 @@ impl Db {
                     source,
                 }
             })?;
-        Ok(Self {
+        let db = Self {
             inner: Arc::new(inner),
             path: Arc::new(path.to_owned()),
-        })
+            second: Arc::default(),
+        };
+        let second = db.load_slots().map_err(|e| {
+            StoreError::Damaged(format!("which slots are used cannot be read: {e}"))
+        })?;
+        *db.second.write().unwrap_or_else(PoisonError::into_inner) = second;
+        Ok(db)
+    }
+
+    fn load_slots(&self) -> Result<BTreeSet<u32>, DbError> {
+        let mut second = BTreeSet::new();
+        let mut bad = None;
+        self.scan_raft(SLOTS, |key, value| {
+            match (key[SLOTS.len()..].try_into(), value.as_deref()) {
+                (Ok(group), Ok([1])) => {
+                    second.insert(u32::from_be_bytes(group));
+                }
+                (Ok(_), Ok([0])) => {}
+                _ => bad = Some(DbError::Corruption("a slot's record is damaged".into())),
+            }
+            bad.is_none()
+        })?;
+        bad.map_or(Ok(second), Err)
+    }
+
+    fn second(&self) -> RwLockReadGuard<'_, BTreeSet<u32>> {
+        self.second.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where it is.
@@ -140,7 +180,20 @@ impl Db {
             raft: self.family(RAFT)?,
             state: self.family(STATE)?,
             inner: WriteBatch::default(),
+            second: self.second().clone(),
+            flipped: false,
         })
+    }
+
+    /// Writes a batch that flips no slots, or one that does; see [`Db::write`]. Only one thread may build batches that flip.
+    pub fn commit(&self, batch: Batch<'_>, sync: bool) -> Result<(), DbError> {
+        if !batch.flipped {
+            return self.write(batch.inner, sync);
+        }
+        let mut second = self.second.write().unwrap_or_else(PoisonError::into_inner);
+        self.write(batch.inner, sync)?;
+        *second = batch.second;
+        Ok(())
     }
 
     /// Writes a batch; with `sync` it and all before it are durable on return.
@@ -163,8 +216,11 @@ impl Db {
 
     /// A value of a group's state.
     pub fn state(&self, group: u32, key: &[u8]) -> Result<Option<Vec<u8>>, DbError> {
-        let full = group_key(group, key);
-        let value = self.inner.get_cf(&self.family(STATE)?, &full)?;
+        let family = self.family(STATE)?;
+        let second = self.second();
+        let full = group_key(slot(group, second.contains(&group)), key);
+        let value = self.inner.get_cf(&family, &full)?;
+        drop(second);
         value.map(|v| unseal(&full, v)).transpose()
     }
 
@@ -176,8 +232,37 @@ impl Db {
         from: &[u8],
         mut each: impl FnMut(&[u8], Value) -> bool,
     ) -> Result<(), DbError> {
-        let (prefix, from) = (group_key(group, prefix), group_key(group, from));
-        self.scan(STATE, &prefix, &from, |key, value| each(&key[4..], value))
+        let second = self.second();
+        let at = slot(group, second.contains(&group));
+        let (prefix, from) = (group_key(at, prefix), group_key(at, from));
+        self.scan(STATE, &prefix, &from, Some(second), |key, value| {
+            each(&key[4..], value)
+        })
+    }
+
+    /// The same over the group's staging area: the slot that is not its state.
+    pub fn scan_stage(
+        &self,
+        group: u32,
+        prefix: &[u8],
+        from: &[u8],
+        mut each: impl FnMut(&[u8], Value) -> bool,
+    ) -> Result<(), DbError> {
+        let at = slot(group, !self.second().contains(&group));
+        let (prefix, from) = (group_key(at, prefix), group_key(at, from));
+        self.scan(STATE, &prefix, &from, None, |key, value| {
+            each(&key[4..], value)
+        })
+    }
+
+    /// A group's state as it is now, whatever is written later.
+    pub fn snapshot(&self, group: u32) -> StateSnapshot<'_> {
+        let second = self.second();
+        StateSnapshot {
+            db: self,
+            at: slot(group, second.contains(&group)),
+            inner: self.inner.snapshot(),
+        }
     }
 
     /// The same over the raft family.
@@ -186,7 +271,7 @@ impl Db {
         prefix: &[u8],
         each: impl FnMut(&[u8], Value) -> bool,
     ) -> Result<(), DbError> {
-        self.scan(RAFT, prefix, prefix, each)
+        self.scan(RAFT, prefix, prefix, None, each)
     }
 
     fn scan(
@@ -194,6 +279,7 @@ impl Db {
         family: &str,
         prefix: &[u8],
         from: &[u8],
+        begin: Option<RwLockReadGuard<'_, BTreeSet<u32>>>,
         mut each: impl FnMut(&[u8], Value) -> bool,
     ) -> Result<(), DbError> {
         let family = self.family(family)?;
@@ -203,7 +289,10 @@ impl Db {
         }
         let start = prefix.max(from);
         let mode = IteratorMode::From(start, Direction::Forward);
-        for item in self.inner.iterator_cf_opt(&family, options, mode) {
+        let items = self.inner.iterator_cf_opt(&family, options, mode);
+        // The iterator sees the database as it was when it was made.
+        drop(begin);
+        for item in items {
             let (key, value) = item?;
             if !key.starts_with(prefix) {
                 break;
@@ -224,11 +313,49 @@ impl Db {
     }
 }
 
+/// A group's state as it was at one moment.
+pub struct StateSnapshot<'a> {
+    db: &'a Db,
+    at: u32,
+    inner: SnapshotWithThreadMode<'a, Inner>,
+}
+
+impl StateSnapshot<'_> {
+    /// Calls `each` with keys and values in order, behind `after`, while it says true.
+    pub fn scan(
+        &self,
+        after: &[u8],
+        mut each: impl FnMut(&[u8], Value) -> bool,
+    ) -> Result<(), DbError> {
+        let family = self.db.family(STATE)?;
+        let (prefix, from) = (self.at.to_be_bytes(), group_key(self.at, after));
+        let mut options = ReadOptions::default();
+        if let Some(end) = tidepool_store_core::prefix_end(&prefix) {
+            options.set_iterate_upper_bound(end);
+        }
+        options.fill_cache(false);
+        let mode = IteratorMode::From(&from, Direction::Forward);
+        for item in self.inner.iterator_cf_opt(&family, options, mode) {
+            let (key, value) = item?;
+            if *key == *from && !after.is_empty() {
+                continue;
+            }
+            if !key.starts_with(&prefix) || !each(&key[4..], unseal(&key, value.into_vec())) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Writes that become visible and durable together.
 pub struct Batch<'a> {
     raft: Arc<BoundColumnFamily<'a>>,
     state: Arc<BoundColumnFamily<'a>>,
     inner: WriteBatch,
+    /// Which groups' states will be in their second slots.
+    second: BTreeSet<u32>,
+    flipped: bool,
 }
 
 impl Batch<'_> {
@@ -241,18 +368,59 @@ impl Batch<'_> {
         self.inner.delete_range_cf(&self.raft, from, to);
     }
 
-    pub fn put_state(&mut self, group: u32, key: &[u8], value: &[u8]) {
-        let key = group_key(group, key);
+    /// Deletes one key of the raft family.
+    pub fn delete_raft_key(&mut self, key: &[u8]) {
+        self.inner.delete_cf(&self.raft, key);
+    }
+
+    fn at(&self, group: u32) -> u32 {
+        slot(group, self.second.contains(&group))
+    }
+
+    fn put_at(&mut self, at: u32, key: &[u8], value: &[u8]) {
+        let key = group_key(at, key);
         self.inner.put_cf(&self.state, &key, seal(&key, value));
     }
 
+    pub fn put_state(&mut self, group: u32, key: &[u8], value: &[u8]) {
+        self.put_at(self.at(group), key, value);
+    }
+
     pub fn delete_state(&mut self, group: u32, key: &[u8]) {
-        self.inner.delete_cf(&self.state, group_key(group, key));
+        self.inner
+            .delete_cf(&self.state, group_key(self.at(group), key));
     }
 
     /// Deletes every key of the group that opens with `prefix`.
     pub fn delete_state_prefix(&mut self, group: u32, prefix: &[u8]) {
-        let from = group_key(group, prefix);
+        self.delete_at(self.at(group), prefix);
+    }
+
+    /// Adds a row to the group's staging area.
+    pub fn put_stage(&mut self, group: u32, key: &[u8], value: &[u8]) {
+        self.put_at(self.at(group) ^ SECOND, key, value);
+    }
+
+    /// Empties the group's staging area.
+    pub fn clear_stage(&mut self, group: u32) {
+        self.delete_at(self.at(group) ^ SECOND, &[]);
+    }
+
+    /// What is staged becomes the group's state; what was its state goes.
+    pub fn flip(&mut self, group: u32) {
+        self.delete_at(self.at(group), &[]);
+        if !self.second.remove(&group) {
+            self.second.insert(group);
+        }
+        self.flipped = true;
+        let mut key = SLOTS.to_vec();
+        key.extend_from_slice(&group.to_be_bytes());
+        let second = u8::from(self.second.contains(&group));
+        self.put_raft(&key, &[second]);
+    }
+
+    fn delete_at(&mut self, at: u32, prefix: &[u8]) {
+        let from = group_key(at, prefix);
         let to = tidepool_store_core::prefix_end(&from).unwrap_or_else(|| vec![0xff; 64]);
         self.inner.delete_range_cf(&self.state, from, to);
     }
@@ -260,10 +428,10 @@ impl Batch<'_> {
     pub fn is_empty(&self) -> bool {
         self.inner.is_empty()
     }
+}
 
-    pub fn finish(self) -> WriteBatch {
-        self.inner
-    }
+fn slot(group: u32, second: bool) -> u32 {
+    if second { group | SECOND } else { group }
 }
 
 fn group_key(group: u32, key: &[u8]) -> Vec<u8> {

@@ -26,8 +26,6 @@ pub enum StoreError {
     Pki(String),
     #[error("network: {0}")]
     Network(String),
-    #[error("consensus: {0}")]
-    Raft(#[from] raft::Error),
     #[error("configuration: {0}")]
     Config(String),
     /// The node stopped by itself after a write failed.
@@ -40,6 +38,18 @@ impl StoreError {
         StoreError::Io {
             path: path.into(),
             source,
+        }
+    }
+}
+
+impl From<tidepool_store_raft::CoreError> for StoreError {
+    fn from(e: tidepool_store_raft::CoreError) -> Self {
+        use tidepool_store_raft::{CoreError, DiskError};
+        match e {
+            CoreError::Disk(DiskError::Corruption(_)) | CoreError::Damaged { .. } => {
+                StoreError::Damaged(e.to_string())
+            }
+            CoreError::Disk(_) | CoreError::Raft { .. } => StoreError::Stopped(e.to_string()),
         }
     }
 }

@@ -18,6 +18,7 @@ pub mod bodies;
 mod cluster;
 mod config;
 pub mod db;
+mod disk;
 mod driver;
 mod error;
 mod files;
@@ -27,13 +28,9 @@ mod join;
 mod logs;
 mod member;
 mod node;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "a group of one member sends nothing yet")
-)]
+mod orphans;
 mod peers;
 mod pki;
-pub mod raft;
 mod requests;
 mod roles;
 mod scrub;
@@ -41,7 +38,6 @@ pub mod segments;
 mod server;
 mod sessions;
 mod space;
-mod state;
 mod stats;
 
 pub use config::NodeConfig;

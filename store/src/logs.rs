@@ -1,11 +1,11 @@
-//! Raft logs in the database: `group, tag` and for entries the index. One batch carries what all groups have to write.
+//! Raft logs in the database: `group, tag` and for entries the index. What a core writes goes there as a batch, see [`put`].
 
 use raft::eraftpb::{ConfState, Entry, HardState};
 use raft_prost::Message;
+use tidepool_store_core::Write;
+use tidepool_store_raft::{DiskOp, LoadedLog};
 
-use crate::db::{Batch, Db};
-use crate::error::StoreError;
-use crate::raft::{LoadedLog, Persist};
+use crate::db::{Batch, Db, DbError};
 
 const HARD: u8 = b'h';
 const CONF: u8 = b'c';
@@ -25,64 +25,78 @@ fn entry_key(group: u32, index: u64) -> Vec<u8> {
     key
 }
 
-/// Writes what a group wants persisted. `last` is the last index that was written before.
-pub(crate) fn persist(batch: &mut Batch<'_>, group: u32, what: &Persist, last: u64) {
-    if let (Some(first), Some(end)) = (what.entries.first(), what.entries.last()) {
-        for entry in &what.entries {
-            batch.put_raft(&entry_key(group, entry.index), &entry.encode_to_vec());
+/// Adds one write of a core to a batch.
+pub(crate) fn put(batch: &mut Batch<'_>, op: &DiskOp) {
+    match op {
+        DiskOp::Entry { group, entry } => {
+            batch.put_raft(&entry_key(*group, entry.index), &entry.encode_to_vec());
         }
-        debug_assert!(first.index <= last + 1);
-        // A conflicting suffix that was longer than what replaces it.
-        if last > end.index {
-            batch.delete_raft(
-                &entry_key(group, end.index + 1),
-                &entry_key(group, last + 1),
-            );
+        DiskOp::DropEntries { group, from, to } => {
+            if from < to {
+                batch.delete_raft(&entry_key(*group, *from), &entry_key(*group, *to));
+            }
+        }
+        DiskOp::Hard { group, hard } => {
+            batch.put_raft(&key(*group, HARD), &hard.encode_to_vec());
+        }
+        DiskOp::Conf { group, conf } => {
+            batch.put_raft(&key(*group, CONF), &conf.encode_to_vec());
+        }
+        DiskOp::Cut { group, index, term } => {
+            let mut value = index.to_be_bytes().to_vec();
+            value.extend_from_slice(&term.to_be_bytes());
+            batch.put_raft(&key(*group, CUT), &value);
+        }
+        DiskOp::Applied { group, index } => {
+            batch.put_raft(&key(*group, APPLIED), &index.to_be_bytes());
+        }
+        DiskOp::State { group, write } => match write {
+            Write::Put { key, value } => batch.put_state(*group, key, value),
+            Write::Delete { key } => batch.delete_state(*group, key),
+            Write::DeletePrefix { prefix } => batch.delete_state_prefix(*group, prefix),
+        },
+        DiskOp::ClearStage { group } => batch.clear_stage(*group),
+        DiskOp::Stage { group, key, value } => batch.put_stage(*group, key, value),
+        DiskOp::Install { group } => batch.flip(*group),
+        DiskOp::Destroy { group } => {
+            batch.delete_state_prefix(*group, &[]);
+            batch.clear_stage(*group);
+            batch.delete_raft(&entry_key(*group, 0), &entry_key(*group, u64::MAX));
+            for tag in [CONF, CUT, APPLIED] {
+                batch.delete_raft_key(&key(*group, tag));
+            }
         }
     }
-    if let Some(hard) = &what.hard {
-        batch.put_raft(&key(group, HARD), &hard.encode_to_vec());
-    }
-}
-
-pub(crate) fn set_applied(batch: &mut Batch<'_>, group: u32, index: u64) {
-    batch.put_raft(&key(group, APPLIED), &index.to_be_bytes());
-}
-
-pub(crate) fn set_members(batch: &mut Batch<'_>, group: u32, conf: &ConfState) {
-    batch.put_raft(&key(group, CONF), &conf.encode_to_vec());
-}
-
-/// Forgets the entries `from..to`.
-pub(crate) fn cut(batch: &mut Batch<'_>, group: u32, from: u64, to: u64, cut: (u64, u64)) {
-    batch.delete_raft(&entry_key(group, from), &entry_key(group, to));
-    let mut value = cut.0.to_be_bytes().to_vec();
-    value.extend_from_slice(&cut.1.to_be_bytes());
-    batch.put_raft(&key(group, CUT), &value);
 }
 
 fn number(bytes: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(bytes.try_into().ok()?))
 }
 
-/// Reads a group's log; none where the group was never made here.
-pub(crate) fn load(db: &Db, group: u32) -> Result<Option<LoadedLog>, StoreError> {
-    let damaged = |what: &str| StoreError::Damaged(format!("group {group}: {what} is damaged"));
-    let get = |tag| {
-        db.raft(&key(group, tag))
-            .map_err(|e| StoreError::Damaged(format!("group {group}: {e}")))
+/// The last index of a group whose effects are in its state here; none where the group is not here.
+pub(crate) fn applied(db: &Db, group: u32) -> Result<Option<u64>, DbError> {
+    let value = db.raft(&key(group, APPLIED))?;
+    let damaged = || DbError::Corruption(format!("group {group}: the applied index is damaged"));
+    value.map(|v| number(&v).ok_or_else(damaged)).transpose()
+}
+
+/// Whether the group is here.
+pub(crate) fn is_here(db: &Db, group: u32) -> Result<bool, DbError> {
+    Ok(db.raft(&key(group, CONF))?.is_some())
+}
+
+/// Reads a group's log. Of a group that is not here only the vote may be set.
+pub(crate) fn load(db: &Db, group: u32) -> Result<LoadedLog, DbError> {
+    let damaged =
+        |what: &str| DbError::Corruption(format!("group {group}: {what} is damaged"));
+    let get = |tag| db.raft(&key(group, tag));
+    let conf = match get(CONF)? {
+        Some(bytes) => ConfState::decode(&*bytes).map_err(|_| damaged("the list of members"))?,
+        None => ConfState::default(),
     };
-    let Some(conf) = get(CONF)? else {
-        return Ok(None);
-    };
-    let conf = ConfState::decode(&*conf).map_err(|_| damaged("the list of members"))?;
     let hard = match get(HARD)? {
         Some(bytes) => HardState::decode(&*bytes).map_err(|_| damaged("the vote"))?,
         None => HardState::default(),
-    };
-    let applied = match get(APPLIED)? {
-        Some(bytes) => number(&bytes).ok_or_else(|| damaged("the applied index"))?,
-        None => 0,
     };
     let cut = match get(CUT)? {
         Some(bytes) => {
@@ -105,16 +119,37 @@ pub(crate) fn load(db: &Db, group: u32) -> Result<Option<LoadedLog>, StoreError>
             Err(e) => bad = Some(e),
         }
         bad.is_none()
-    })
-    .map_err(|e| StoreError::Damaged(format!("group {group}: {e}")))?;
+    })?;
     if let Some(e) = bad {
         return Err(damaged(&format!("a log entry ({e})")));
     }
-    Ok(Some(LoadedLog {
+    Ok(LoadedLog {
         hard,
         conf,
         cut,
         entries,
-        applied,
-    }))
+        applied: applied(db, group)?.unwrap_or(0),
+    })
+}
+
+/// What a log needs that was begun before groups had other members: its beginning is cut off, so that a new member starts from a raft
+/// snapshot, which names the members, and not from entries that do not.
+pub(crate) fn cut_beginning(db: &Db, group: u32) -> Result<Vec<DiskOp>, DbError> {
+    let log = load(db, group)?;
+    let at_applied = |e: &&Entry| e.index == log.applied;
+    if log.cut != (0, 0) || log.conf == ConfState::default() {
+        return Ok(Vec::new());
+    }
+    let Some(entry) = log.entries.iter().find(at_applied) else {
+        return Ok(Vec::new());
+    };
+    let (index, term) = (entry.index, entry.term);
+    Ok(vec![
+        DiskOp::DropEntries {
+            group,
+            from: 0,
+            to: index + 1,
+        },
+        DiskOp::Cut { group, index, term },
+    ])
 }

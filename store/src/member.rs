@@ -1,4 +1,5 @@
-//! The task that makes this node a member: it tells the cluster where it is and keeps connections to the others.
+//! The task that makes this node a member: it tells the cluster where it is, keeps connections to the others, and tells the groups who is
+//! to keep them. The groups' leaders walk there by themselves (`store/raft`), leadership included.
 //!
 //! Everything is looked at again and again from the list of nodes: nothing here has to be remembered over a restart.
 
@@ -7,13 +8,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidepool_proto::cluster::NodeState;
-use tidepool_store_core::{Command, META_GROUP, op};
+use tidepool_store_core::{ClusterState, Command, META_GROUP, op, placement};
+use tidepool_store_raft::{Order, Target};
 
 use crate::cluster;
 use crate::driver::received;
 use crate::requests::{Failure, Shared};
 
 const EVERY: Duration = Duration::from_millis(300);
+/// Looks after which all targets are told again.
+const TELL_AGAIN: u32 = 20;
+
 /// What this node says of itself.
 pub(crate) struct Member {
     pub(crate) addr: SocketAddr,
@@ -25,6 +30,9 @@ pub(crate) struct Member {
 #[derive(Default)]
 struct Memory {
     said_removed: bool,
+    /// The list of nodes from which the groups were told last.
+    told: Option<ClusterState>,
+    looks: u32,
 }
 
 /// Runs until it is aborted.
@@ -72,7 +80,25 @@ async fn look(shared: &Arc<Shared>, member: &Member, memory: &mut Memory) -> Res
             }
         }
     }
+    tell(shared, state, memory);
     Ok(())
+}
+
+/// Tells the groups where they are to live, when that may have changed and now and then.
+fn tell(shared: &Shared, state: ClusterState, memory: &mut Memory) {
+    memory.looks += 1;
+    if memory.looks % TELL_AGAIN != 1 && memory.told.as_ref() == Some(&state) {
+        return;
+    }
+    for group in shared.map.groups() {
+        let placement::Target { voters, learners } = placement::target(&state, group);
+        shared.driver.order(Order::Target(Target {
+            group,
+            voters,
+            learners,
+        }));
+    }
+    memory.told = Some(state);
 }
 
 async fn init(shared: &Arc<Shared>, member: &Member) -> Result<(), Failure> {

@@ -4,39 +4,42 @@ use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use quinn::{Endpoint, TokioRuntime};
-use raft::eraftpb::ConfState;
 use tidepool_proto::wire::PEER_ALPN;
 use tidepool_store_client::{Client, ClientConfig, ClientIdentity, transport};
 use tidepool_store_core::ShardMap;
+use tidepool_store_raft::{Core, CoreConfig, bootstrap};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::bodies::{BodyWriter, Damaged, MAX_DAMAGED};
 use crate::config::{Identity, NodeConfig};
 use crate::db::Db;
+use crate::disk::{self, NodeDisk};
 use crate::driver::{Driver, Handle};
 use crate::error::StoreError;
 use crate::gc::Collector;
 use crate::holds::Holds;
 use crate::member::{self, Member};
-use crate::peers::{PeerInbox, Peers};
+use crate::peers::{OtherCopies, PeerInbox, PeerNet, Peers};
 use crate::pki::{self, Pki};
-use crate::raft::{Group, GroupConfig};
 use crate::requests::Shared;
 use crate::roles::Role;
-use crate::scrub::{NoPeers, PeerBodies, Scrubber};
+use crate::scrub::{PeerBodies, Scrubber};
 use crate::segments::{SegmentOptions, Segments};
 use crate::space::Space;
 use crate::stats::{Counters, NodeStats};
-use crate::{cluster, gc, join, logs, scrub, server, sessions};
+use crate::{cluster, gc, join, logs, orphans, scrub, server, sessions};
 
 /// How long a node waits at start until its groups answer.
 const START: Duration = Duration::from_secs(30);
+
+type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// A running node.
 pub struct Node {
@@ -61,13 +64,29 @@ impl Node {
     /// Makes or opens the data directory, and serves. A node that is its whole cluster returns when every group answers, another one at
     /// once. Needs a tokio runtime with more than one thread or blocking threads, which runs the node's tasks until [`Node::shutdown`].
     pub async fn start(cfg: NodeConfig) -> Result<Node, StoreError> {
-        Self::start_with(cfg, Arc::new(NoPeers)).await
+        Self::start_boxed(cfg, None).await
     }
 
-    /// The same with other nodes' copies of bodies, from which damaged ones are mended.
+    /// The same with other copies of bodies than those of the cluster's nodes, from which damaged ones are mended.
     pub async fn start_with(
         cfg: NodeConfig,
         copies: Arc<dyn PeerBodies>,
+    ) -> Result<Node, StoreError> {
+        Self::start_boxed(cfg, Some(copies)).await
+    }
+
+    /// Not generic, and a pointer: so all of a node is compiled in this crate and not again in every one that starts one.
+    #[inline(never)]
+    fn start_boxed(
+        cfg: NodeConfig,
+        copies: Option<Arc<dyn PeerBodies>>,
+    ) -> Boxed<Result<Node, StoreError>> {
+        Box::pin(Self::start_inner(cfg, copies))
+    }
+
+    async fn start_inner(
+        cfg: NodeConfig,
+        copies: Option<Arc<dyn PeerBodies>>,
     ) -> Result<Node, StoreError> {
         let opening = cfg.clone();
         let opened = tokio::task::spawn_blocking(move || open(&opening))
@@ -78,10 +97,8 @@ impl Node {
             map,
             pki,
             db,
-            groups,
             seeds,
         } = opened;
-        let alone = groups.iter().all(Group::is_alone) && !groups.is_empty();
         let bodies_dir = cfg.data_dir.join("bodies");
         let bodies_db = db.clone();
         let bodies = tokio::task::spawn_blocking(move || {
@@ -91,15 +108,51 @@ impl Node {
         .map_err(|e| StoreError::Stopped(e.to_string()))??;
         let bodies = Arc::new(bodies);
         let counters = Arc::new(Counters::default());
+        let damaged = Arc::new(Damaged::default());
+        let holds = Holds::default();
+        let storage = NodeDisk {
+            db: db.clone(),
+            map,
+            bodies: bodies.clone(),
+            damaged: damaged.clone(),
+            holds: holds.clone(),
+        };
+        let core_cfg = CoreConfig {
+            node: me.node,
+            run: rand::random(),
+            election_ticks: None,
+        };
+        let core = Core::open(core_cfg, storage, server::raft_logger())?;
+        let alone = core.is_alone();
         let (failed_tx, failed) = watch::channel(None);
         let thread = |e| StoreError::io("thread", e);
-        let (driver, driver_thread) =
-            Driver::start(db.clone(), groups, counters.clone(), failed_tx).map_err(thread)?;
+        let (driver, inputs) = Handle::new();
         let (writer, writer_thread) =
             BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
         let (endpoint, local) = listen(&cfg, &pki)?;
-        let inbox = Arc::new(PeerInbox::new(counters.clone()));
+        let inbox = Arc::new(PeerInbox {
+            db: db.clone(),
+            map,
+            bodies: bodies.clone(),
+            driver: driver.clone(),
+            counters: counters.clone(),
+        });
         let peers = Peers::new(me.node, endpoint.clone(), peer_tls(&pki)?, inbox);
+        let net = PeerNet::new(
+            peers.clone(),
+            writer.clone(),
+            damaged.clone(),
+            driver.clone(),
+        );
+        let driver_thread =
+            Driver::start(core, net, inputs, counters.clone(), failed_tx).map_err(thread)?;
+        let copies = copies.unwrap_or_else(|| {
+            Arc::new(OtherCopies {
+                peers: peers.clone(),
+                map,
+                driver: driver.clone(),
+            })
+        });
         let shared = Arc::new(Shared {
             db,
             map,
@@ -112,9 +165,9 @@ impl Node {
             driver: driver.clone(),
             bodies,
             writer,
-            damaged: Damaged::default(),
+            damaged,
             space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
-            holds: Holds::default(),
+            holds,
             collector: Collector::default(),
             scrubber: Scrubber::new(copies),
             counters,
@@ -139,6 +192,7 @@ impl Node {
         tasks.spawn(gc::serve(shared.clone()));
         tasks.spawn(scrub::serve(shared.clone()));
         tasks.spawn(member::run(shared.clone(), member));
+        tasks.spawn(orphans::clear(shared.clone()));
         let identity = pki.issue(Role::Host, pki::CLIENT)?;
         let node = Node {
             shared,
@@ -156,11 +210,11 @@ impl Node {
             match answer {
                 Ok(Ok(())) => {}
                 Ok(Err(e)) => {
-                    node.shutdown().await;
+                    node.end().await;
                     return Err(e);
                 }
                 Err(_) => {
-                    node.shutdown().await;
+                    node.end().await;
                     return Err(StoreError::Stopped(format!("group {group} has no leader")));
                 }
             }
@@ -239,7 +293,16 @@ impl Node {
     }
 
     /// Stops: refuses new requests, ends the connections, writes everything to disk, closes the database.
-    pub async fn shutdown(mut self) {
+    pub async fn shutdown(self) {
+        self.shutdown_boxed().await;
+    }
+
+    #[inline(never)]
+    fn shutdown_boxed(self) -> Boxed<()> {
+        Box::pin(self.end())
+    }
+
+    async fn end(mut self) {
         self.endpoint.close(1u32.into(), b"stopping");
         self.shared.peers.close();
         self.tasks.shutdown().await;
@@ -277,7 +340,6 @@ struct Opened {
     map: ShardMap,
     pki: Pki,
     db: Db,
-    groups: Vec<Group>,
     seeds: Vec<tidepool_proto::cluster::Node>,
 }
 
@@ -289,28 +351,11 @@ fn open(cfg: &NodeConfig) -> Result<Opened, StoreError> {
     let (identity, map) = Identity::open(data, cfg.shards)?;
     let pki = Pki::open(data, identity.node)?;
     make_groups(&db, &identity, map)?;
-    let logger = server::raft_logger();
-    let run = rand::random();
-    let groups = map
-        .groups()
-        .map(|group| {
-            let loaded = logs::load(&db, group)?.ok_or_else(|| {
-                StoreError::Damaged(format!("group {group} is not in the database"))
-            })?;
-            let cfg = GroupConfig {
-                group,
-                node: identity.node,
-                run,
-            };
-            Group::new(cfg, loaded, &logger)
-        })
-        .collect::<Result<_, _>>()?;
     Ok(Opened {
         identity,
         map,
         pki,
         db,
-        groups,
         seeds: cluster::load_seeds(data)?,
     })
 }
@@ -357,18 +402,30 @@ fn make_groups(db: &Db, identity: &Identity, map: ShardMap) -> Result<(), StoreE
                 db.path().display()
             )));
         }
+        return cut_beginnings(db, map);
+    }
+    let groups = map.groups().filter(|_| identity.is_first());
+    let ops: Vec<_> = groups
+        .flat_map(|group| bootstrap(group, &[identity.node]))
+        .collect();
+    let mut batch = disk::batch(db, &ops).map_err(damaged)?;
+    batch.put_raft(CLUSTER, identity.cluster.as_bytes());
+    db.commit(batch, true)
+        .map_err(|e| StoreError::Stopped(e.to_string()))
+}
+
+/// See [`logs::cut_beginning`].
+fn cut_beginnings(db: &Db, map: ShardMap) -> Result<(), StoreError> {
+    let damaged = |e: crate::db::DbError| StoreError::Damaged(e.to_string());
+    let mut ops = Vec::new();
+    for group in map.groups() {
+        ops.extend(logs::cut_beginning(db, group).map_err(damaged)?);
+    }
+    if ops.is_empty() {
         return Ok(());
     }
-    let mut batch = db.batch().map_err(damaged)?;
-    let conf = ConfState {
-        voters: vec![identity.node],
-        ..ConfState::default()
-    };
-    for group in map.groups().filter(|_| identity.is_first()) {
-        logs::set_members(&mut batch, group, &conf);
-    }
-    batch.put_raft(CLUSTER, identity.cluster.as_bytes());
-    db.write(batch.finish(), true)
+    let batch = disk::batch(db, &ops).map_err(damaged)?;
+    db.commit(batch, true)
         .map_err(|e| StoreError::Stopped(e.to_string()))
 }
 

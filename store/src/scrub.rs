@@ -4,10 +4,9 @@
 //! from a peer; where none has a good copy it is put into quarantine, which is reported loudly, survives a restart, and makes the chunk
 //! count as missing until an upload brings it again. The second goes over what the groups' states name: a chunk without a body is damage too.
 //!
-//! A stored body that no state names is an orphan (a crash between a sweep and its delete, an upload that was refused). It may also belong to an
-//! entry that is under way, so it is removed only when a later pass finds the very same record still unnamed, a barrier through its
-//! group lies between, and nobody holds the name: an upload that names it in between writes it anew, elsewhere. That reasoning needs a
-//! group of one voter, so a node with peers only reports its orphans.
+//! A stored body that no state names is an orphan (a crash between a sweep and its delete, an upload that was refused, a raft snapshot that was
+//! installed over rows). It may also belong to something under way, so it is removed only when a later pass finds the very same record
+//! still unnamed, and by the driver, which knows what is under way.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -324,14 +323,14 @@ async fn remove_orphans(
     orphans: Vec<(ChunkName, Place)>,
 ) -> Result<(), Failure> {
     let scrubber = &shared.scrubber;
-    if orphans.is_empty() || scrubber.peers.any() {
+    if orphans.is_empty() {
         return Ok(());
     }
     let grace = *scrubber
         .grace
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
-    let mut ripe: HashMap<u32, Vec<(ChunkName, Place)>> = HashMap::new();
+    let mut ripe: HashMap<u32, Vec<ChunkName>> = HashMap::new();
     {
         let mut seen = scrubber
             .orphans
@@ -342,7 +341,7 @@ async fn remove_orphans(
                 Some((at, since)) if *at == place && since.elapsed() >= grace => {
                     ripe.entry(shared.map.of_chunk(&name))
                         .or_default()
-                        .push((name, place));
+                        .push(name);
                 }
                 Some((at, _)) if *at == place => {}
                 _ if seen.len() < MAX_ORPHANS => {
@@ -352,39 +351,19 @@ async fn remove_orphans(
             }
         }
     }
-    for (group, list) in ripe {
-        // Whatever was proposed before has been applied after this.
-        if shared.read(group, |_| Ok(())).await.is_err() {
-            continue;
-        }
-        let removed = shared.blocking(move |shared| remove(shared, &list)).await?;
+    for (group, names) in ripe {
+        // The driver knows what is under way; a record that came since spares its body.
+        let removed = shared.driver.delete_orphans(group, names.clone()).await;
         scrubber.with(|report| report.orphans_removed += removed);
-    }
-    Ok(())
-}
-
-fn remove(shared: &Shared, list: &[(ChunkName, Place)]) -> Result<u64, Failure> {
-    let places: HashMap<ChunkName, Place> = list.iter().copied().collect();
-    let names: Vec<ChunkName> = places.keys().copied().collect();
-    shared.holds.unheld(&names, |free| {
-        let mut gone = Vec::new();
-        for name in free {
-            let same = shared.bodies.place(name)? == places.get(name).copied();
-            if same && !named(shared, name)? {
-                gone.push(*name);
-            }
-        }
-        shared.bodies.delete(&gone)?;
-        let mut seen = shared
-            .scrubber
+        let mut seen = scrubber
             .orphans
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        for name in &gone {
+        for name in &names {
             seen.remove(name);
         }
-        Ok(gone.len() as u64)
-    })
+    }
+    Ok(())
 }
 
 /// Names, and the key to go on from.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidepool_store_core::keys::{Table, table};
-use tidepool_store_core::{Command, SessionState, op};
+use tidepool_store_core::{Command, META_GROUP, SessionState, op};
 
 use crate::driver::now_ms;
 use crate::requests::Shared;
@@ -17,7 +17,9 @@ const AT_ONCE: usize = 4096;
 pub(crate) async fn expire(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(EVERY).await;
-        for group in shared.map.shard_groups() {
+        let led = shared.driver.status();
+        let led = led.iter().filter(|s| s.leads && s.group != META_GROUP);
+        for group in led.map(|s| s.group) {
             let over = shared.blocking(move |shared| find(shared, group)).await;
             let sessions = match over {
                 Ok(sessions) if sessions.is_empty() => continue,

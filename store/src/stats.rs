@@ -20,6 +20,8 @@ pub struct NodeStats {
     pub refused: u64,
     /// Requests answered, errors included.
     pub requests: u64,
+    /// Messages for other nodes that were dropped: not connected, or too many waiting.
+    pub messages_dropped: u64,
 }
 
 /// The counters, shared by everything in a node.

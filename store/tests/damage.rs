@@ -132,7 +132,7 @@ async fn a_damaged_record_is_corruption_and_harms_nothing_else() {
         row.extend_from_slice(&manifest);
         *row.last_mut().unwrap() ^= 1;
         batch.put_state(map.of_sandbox(&ids[1]), &key, &row);
-        db.write(batch.finish(), true).unwrap();
+        db.commit(batch, true).unwrap();
     }
     {
         // A value whose checksum does not fit.

@@ -13,7 +13,7 @@ use tidepool_proto::{ChunkName, ErrorKind, SessionId};
 use tokio::task::JoinSet;
 
 use crate::types::lower_round;
-use crate::{Client, ClientError, Pinned, PutStats};
+use crate::{Boxed, Client, ClientError, Pinned, PutStats};
 
 /// Requests with bodies that one call has under way.
 const AT_ONCE: usize = 4;
@@ -48,6 +48,23 @@ impl Client {
 
     /// Stores bodies, which are durable and pinned for the session when this returns. Bodies that are there already cost a look-up.
     pub async fn put(
+        &self,
+        session: SessionId,
+        bodies: Vec<(ChunkName, Bytes)>,
+    ) -> Result<PutStats, ClientError> {
+        self.put_boxed(session, bodies).await
+    }
+
+    #[inline(never)]
+    fn put_boxed(
+        &self,
+        session: SessionId,
+        bodies: Vec<(ChunkName, Bytes)>,
+    ) -> Boxed<'_, Result<PutStats, ClientError>> {
+        Box::pin(self.put_all(session, bodies))
+    }
+
+    async fn put_all(
         &self,
         session: SessionId,
         bodies: Vec<(ChunkName, Bytes)>,

@@ -41,6 +41,10 @@ pub struct Client {
     link: Arc<link::Link>,
 }
 
+/// A future behind a pointer. What is long stands behind one, made by a function that is not generic: so it is compiled here, once, and
+/// not again in every crate that calls it.
+pub(crate) type Boxed<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client")

@@ -18,6 +18,7 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use crate::ClientConfig;
+use crate::Boxed;
 use crate::error::ClientError;
 use crate::pool::{Attempt, Pool};
 use crate::route::{self, Route};
@@ -89,14 +90,17 @@ impl Link {
     }
 
     /// Sends a request where it belongs until it is answered.
-    pub(crate) async fn call(&self, op: request::Op) -> Result<response::Op, ClientError> {
-        match op {
-            request::Op::Pin(_) | request::Op::Put(_) => self.call_split(op).await,
-            op => {
-                let route = self.map().map_or(Route::Any, |m| route::of(&op, m.shards));
-                self.send(op, route, self.deadline()).await
+    #[inline(never)]
+    pub(crate) fn call(&self, op: request::Op) -> Boxed<'_, Result<response::Op, ClientError>> {
+        Box::pin(async move {
+            match op {
+                request::Op::Pin(_) | request::Op::Put(_) => self.call_split(op).await,
+                op => {
+                    let route = self.map().map_or(Route::Any, |m| route::of(&op, m.shards));
+                    self.send(op, route, self.deadline()).await
+                }
             }
-        }
+        })
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -104,15 +108,18 @@ impl Link {
     }
 
     /// Sends a request along a route until it is answered or `deadline`.
-    pub(crate) async fn send(
+    #[inline(never)]
+    pub(crate) fn send(
         &self,
         op: request::Op,
         route: Route,
         deadline: Instant,
-    ) -> Result<response::Op, ClientError> {
-        self.send_or_moved(op, route, deadline, false)
-            .await
-            .map(|done| done.unwrap_or_else(response::Op::NotLeader))
+    ) -> Boxed<'_, Result<response::Op, ClientError>> {
+        Box::pin(async move {
+            self.send_or_moved(op, route, deadline, false)
+                .await
+                .map(|done| done.unwrap_or_else(response::Op::NotLeader))
+        })
     }
 
     /// The same. With `once` a node's word that it does not lead a group is given back (and noted), so that a request for several groups
@@ -181,11 +188,16 @@ impl Link {
     }
 
     /// Sends a request to one node, once.
-    pub(crate) async fn once(
+    #[inline(never)]
+    pub(crate) fn once(
         &self,
         node: u64,
         op: request::Op,
-    ) -> Result<response::Op, ClientError> {
+    ) -> Boxed<'_, Result<response::Op, ClientError>> {
+        Box::pin(self.send_once(node, op))
+    }
+
+    async fn send_once(&self, node: u64, op: request::Op) -> Result<response::Op, ClientError> {
         let gone = || ClientError::new(ErrorKind::Unavailable, format!("there is no node {node}"));
         let addr = self.map().and_then(|m| m.addr(node)).ok_or_else(gone)?;
         let frame = wire::frame(&Request::from(op))?;
@@ -304,7 +316,12 @@ impl Link {
     }
 
     /// Asks for a new map, of whoever answers first. Without one the old one stays.
-    pub(crate) async fn refresh(&self, deadline: Instant) {
+    #[inline(never)]
+    pub(crate) fn refresh(&self, deadline: Instant) -> Boxed<'_, ()> {
+        Box::pin(self.ask_for_map(deadline))
+    }
+
+    async fn ask_for_map(&self, deadline: Instant) {
         let Ok(mut asked) = timeout_at(deadline, self.asked.lock()).await else {
             return;
         };

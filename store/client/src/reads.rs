@@ -10,7 +10,7 @@ use tidepool_proto::{ChunkName, ErrorKind};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::chunks::{together, unique};
-use crate::{Client, ClientError};
+use crate::{Boxed, Client, ClientError};
 
 /// Names asked for in one request: more than fit one answer, so that answers are full.
 const GET_NAMES: usize = 512;
@@ -27,6 +27,18 @@ struct Got {
 impl Client {
     /// Reads bodies, in the order of `names`, their checksums verified. All are in memory at once: ask for no more than that has room for.
     pub async fn get(&self, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientError> {
+        self.get_boxed(names).await
+    }
+
+    #[inline(never)]
+    fn get_boxed<'a>(
+        &'a self,
+        names: &'a [ChunkName],
+    ) -> Boxed<'a, Result<Vec<Bytes>, ClientError>> {
+        Box::pin(self.get_named(names))
+    }
+
+    async fn get_named(&self, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientError> {
         let wanted = unique(names);
         let found = if self.link.map().is_none_or(|m| m.is_alone()) {
             match self.get_all(&wanted).await {

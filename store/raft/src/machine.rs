@@ -34,6 +34,28 @@ const LONELY_TICKS: u32 = 50;
 /// A member that lacks no more entries than this has caught up.
 const CAUGHT_UP: u64 = 64;
 
+/// What makes a group with these voters, where there is none, before [`Core::open`]: only for a new cluster, on its first node.
+/// Everything else is created by a leader's message. The log begins behind [`FIRST`], so that a new replica, whose log begins at
+/// nothing, always starts from a raft snapshot and never has to make changes of members it does not know.
+pub fn bootstrap(group: u32, voters: &[u64]) -> [DiskOp; 4] {
+    let (index, term) = FIRST;
+    let conf = ConfState {
+        voters: voters.to_vec(),
+        ..ConfState::default()
+    };
+    let hard = HardState {
+        term,
+        commit: index,
+        ..HardState::default()
+    };
+    [
+        DiskOp::Cut { group, index, term },
+        DiskOp::Applied { group, index },
+        DiskOp::Hard { group, hard },
+        DiskOp::Conf { group, conf },
+    ]
+}
+
 /// Who this node is.
 #[derive(Debug, Clone)]
 pub struct CoreConfig {
@@ -105,29 +127,6 @@ impl<D: Disk> Core<D> {
         Ok(core)
     }
 
-    /// Makes a group with these voters on a disk that lacks it, before [`Core::open`]: only when a cluster is made, on its first
-    /// node. Everything else is created by a leader's message. The log begins behind [`FIRST`], so that a new replica, whose log
-    /// begins at nothing, always starts from a raft snapshot and never has to make changes of members it does not know.
-    pub fn bootstrap(disk: &mut D, group: u32, voters: &[u64]) -> Result<(), DiskError> {
-        let (index, term) = FIRST;
-        let conf = ConfState {
-            voters: voters.to_vec(),
-            ..ConfState::default()
-        };
-        let hard = HardState {
-            term,
-            commit: index,
-            ..HardState::default()
-        };
-        let ops = [
-            DiskOp::Cut { group, index, term },
-            DiskOp::Applied { group, index },
-            DiskOp::Hard { group, hard },
-            DiskOp::Conf { group, conf },
-        ];
-        disk.write(&ops, true)
-    }
-
     fn add(&mut self, number: u32) -> Result<(), CoreError> {
         let cfg = GroupConfig {
             group: number,
@@ -135,7 +134,12 @@ impl<D: Disk> Core<D> {
             run: self.cfg.run,
             election_ticks: self.cfg.election_ticks,
         };
-        let group = Group::new(cfg, self.disk.load(number)?, &self.logger)?;
+        let mut loaded = self.disk.load(number)?;
+        // The replica that was here before is gone with its log; what of it stays is which terms and votes were given.
+        if loaded.conf == ConfState::default() && loaded.entries.is_empty() && loaded.cut.0 == 0 {
+            loaded.hard.commit = 0;
+        }
+        let group = Group::new(cfg, loaded, &self.logger)?;
         let replica = Replica {
             group,
             parked: Parked::default(),
@@ -177,6 +181,11 @@ impl<D: Disk> Core<D> {
         self.groups.keys().copied()
     }
 
+    /// Whether there are groups here, and this node is the only voter of each.
+    pub fn is_alone(&self) -> bool {
+        !self.groups.is_empty() && self.groups.values().all(|r| r.group.is_alone())
+    }
+
     /// A group's state of affairs; none where it is not here.
     pub fn status(&self, group: u32) -> Option<GroupStatus> {
         let replica = self.groups.get(&group)?;
@@ -212,15 +221,27 @@ impl<D: Disk> Core<D> {
         (term > 0).then(|| (index, term, replica.group.conf().clone()))
     }
 
-    /// Whether an entry that is not applied yet names this chunk: its body must stay.
+    /// Whether an entry that is not applied yet, or not in the log yet, brings this chunk: its body must stay.
     pub fn is_named(&self, names: &[tidepool_proto::ChunkName]) -> Vec<bool> {
         let mut waiting = std::collections::BTreeSet::new();
         for replica in self.groups.values() {
             for entry in replica.group.unapplied() {
                 waiting.extend(parked::names_of(entry));
             }
+            waiting.extend(replica.parked.names().copied());
         }
         names.iter().map(|n| waiting.contains(n)).collect()
+    }
+
+    /// Those of some bodies of a group that nothing under way here needs, whether the group is here or not. What the state names and
+    /// what is held by a put is for [`Disk::delete_bodies`] to spare.
+    pub fn unneeded(&self, group: u32, names: &[tidepool_proto::ChunkName]) -> Vec<tidepool_proto::ChunkName> {
+        if self.groups.get(&group).is_some_and(|r| r.install.is_some()) {
+            return Vec::new();
+        }
+        let named = self.is_named(names);
+        let free = names.iter().zip(named).filter(|(_, named)| !named);
+        free.map(|(n, _)| *n).collect()
     }
 
     /// Takes what happened. `now_ms`: milliseconds since the Unix epoch. Call [`Core::turn`] after one or several of these.

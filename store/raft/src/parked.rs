@@ -38,7 +38,10 @@ pub(crate) fn names_of(entry: &Entry) -> Vec<ChunkName> {
 struct Waiting {
     from: u64,
     message: Message,
+    /// All that its entries bring: their bodies must stay while this waits.
     names: Vec<ChunkName>,
+    /// Those that were not seen to be there yet.
+    open: Vec<ChunkName>,
     bytes: usize,
 }
 
@@ -79,9 +82,15 @@ impl Parked {
         self.queue.push_back(Waiting {
             from,
             message,
+            open: names.clone(),
             names,
             bytes,
         });
+    }
+
+    /// What the waiting messages bring.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &ChunkName> {
+        self.queue.iter().flat_map(|w| &w.names)
     }
 
     /// What comes next.
@@ -93,12 +102,12 @@ impl Parked {
             return Ok(Next::Wait);
         };
         let mut missing = Vec::new();
-        for name in &first.names {
+        for name in &first.open {
             if !self.gone.contains(name) && !disk.has_body(name)? {
                 missing.push(*name);
             }
         }
-        first.names.clone_from(&missing);
+        first.open.clone_from(&missing);
         if missing.is_empty() {
             self.gone.clear();
             let Some(first) = self.queue.pop_front() else {

@@ -230,12 +230,12 @@ impl<D: Disk> Core<D> {
         Ok(())
     }
 
-    /// Deletes the bodies of what was swept, but for those that an entry brings which is not applied yet.
+    /// Deletes the bodies of what was swept, but for those that an entry brings which is not applied yet. While a raft snapshot is being
+    /// fetched nothing is deleted: its state may have what this one loses. What stays for nothing is left to a scrub.
     fn sweep(&mut self, swept: Vec<(u32, Vec<ChunkName>)>) -> Result<(), CoreError> {
-        for (group, mut names) in swept {
-            let mut named = self.is_named(&names).into_iter();
-            names.retain(|_| named.next() == Some(false));
-            self.disk.delete_bodies(group, &names)?;
+        for (group, names) in swept {
+            let free = self.unneeded(group, &names);
+            self.disk.delete_bodies(group, &free)?;
         }
         Ok(())
     }

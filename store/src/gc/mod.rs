@@ -374,33 +374,15 @@ impl Round {
             names: join_names(names),
         });
         match self.shared.propose(group, op).await? {
+            // Every replica deletes the bodies as it applies this.
             Reply::Swept { names, bytes } => {
                 self.report.swept += names.len() as u64;
                 self.report.swept_bytes += bytes;
-                self.shared
-                    .blocking(move |shared| delete_swept(shared, group, &names))
-                    .await
+                Ok(())
             }
             _ => Err(unexpected()),
         }
     }
-}
-
-/// Deletes the bodies of chunks whose records a sweep took, unless they are named again or about to be.
-pub(crate) fn delete_swept(
-    shared: &Shared,
-    group: u32,
-    names: &[ChunkName],
-) -> Result<(), Failure> {
-    shared.holds.unheld(names, |free| {
-        let mut gone = Vec::with_capacity(free.len());
-        for name in free {
-            if shared.db.state(group, &keys::chunk(name))?.is_none() {
-                gone.push(*name);
-            }
-        }
-        Ok(shared.bodies.delete(&gone)?)
-    })
 }
 
 fn unexpected() -> Failure {

@@ -11,12 +11,14 @@
 
 mod inbox;
 mod link;
+mod net;
 mod stream;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use inbox::PeerInbox;
+pub(crate) use net::{OtherCopies, PeerNet};
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -112,6 +114,11 @@ impl Peers {
                 dropped: AtomicU64::new(0),
             }),
         }
+    }
+
+    /// This node's number.
+    pub(crate) fn me(&self) -> u64 {
+        self.inner.me
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -212,12 +212,22 @@ pub(super) async fn end_session(shared: &Arc<Shared>, r: request::EndSession) ->
     if !shared.space.may_free() {
         return Err(Failure::full());
     }
-    let commands = shared.map.shard_groups().map(|group| {
-        let session = r.session.clone();
-        (group, op::Op::EndSession(op::EndSession { session }))
-    });
-    for (_, result) in propose_all(shared, commands) {
-        received(result).await?;
+    // Shards that are led here together, the others after each other: a session's end is a courtesy, nobody waits for it.
+    let end = |session: &Bytes| {
+        op::Op::EndSession(op::EndSession {
+            session: session.clone(),
+        })
+    };
+    let commands = shared.map.shard_groups().map(|g| (g, end(&r.session)));
+    for (group, result) in propose_all(shared, commands) {
+        match received(result).await {
+            Err(DriverError::NotLeader { .. }) => {
+                shared.propose(group, end(&r.session)).await?;
+            }
+            other => {
+                other?;
+            }
+        }
     }
     Ok(done())
 }

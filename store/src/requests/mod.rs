@@ -46,7 +46,7 @@ pub(crate) struct Shared {
     pub(crate) driver: Handle,
     pub(crate) bodies: Arc<dyn BodyStore>,
     pub(crate) writer: BodyWriter,
-    pub(crate) damaged: Damaged,
+    pub(crate) damaged: Arc<Damaged>,
     pub(crate) space: Space,
     pub(crate) holds: Holds,
     pub(crate) collector: Collector,
@@ -302,6 +302,7 @@ impl Shared {
             corruptions: self.counters.corruptions(),
             refused: self.counters.refused(),
             requests: self.counters.requests(),
+            messages_dropped: self.peers.dropped(),
             ..NodeStats::default()
         };
         for group in self.map.shard_groups() {

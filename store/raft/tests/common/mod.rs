@@ -8,7 +8,7 @@ use tidepool_proto::{ChunkName, SessionId};
 use tidepool_store_core::{Command, Reply, Write, keys, op};
 use tidepool_store_raft::{
     Action, Core, CoreConfig, Disk, DiskError, DiskOp, Envelope, Input, LoadedLog, Order, Page,
-    PageRequest, Rejection, Row, StagedRow, Target,
+    PageRequest, Rejection, Row, StagedRow, Target, bootstrap,
 };
 
 #[derive(Clone, Default)]
@@ -200,7 +200,7 @@ impl Cluster {
             let mut disk = MemDisk::default();
             if voters.contains(node) {
                 for group in groups {
-                    Core::bootstrap(&mut disk, *group, voters).unwrap();
+                    disk.write(&bootstrap(*group, voters), true).unwrap();
                 }
             }
             nodes.insert(

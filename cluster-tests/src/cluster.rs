@@ -354,7 +354,7 @@ pub async fn settled(client: &Client, nodes: &[u64], groups: u32, replicas: usiz
 async fn unsettled(client: &Client, nodes: &[u64], groups: u32, replicas: usize) -> Vec<String> {
     let mut open: Vec<String> = Vec::new();
     let mut led: BTreeMap<u32, (Vec<u64>, u64)> = BTreeMap::new();
-    let mut applied: BTreeMap<(u64, u32), u64> = BTreeMap::new();
+    let mut applied: BTreeMap<(u64, u32), (u64, bool)> = BTreeMap::new();
     for node in nodes {
         let ask = request::Op::Topology(TopologyRequest {});
         let t = match client.call_node(*node, ask).await {
@@ -368,12 +368,13 @@ async fn unsettled(client: &Client, nodes: &[u64], groups: u32, replicas: usize)
             if !g.here {
                 continue;
             }
-            applied.insert((*node, g.group), g.applied);
+            applied.insert((*node, g.group), (g.applied, g.changing));
             if g.leader == t.node {
                 g.voters.sort_unstable();
                 g.targets.sort_unstable();
                 let meta = g.group == 0;
                 let done = g.voters == g.targets
+                    && !g.changing
                     && (meta || g.voters.len() == replicas && g.learners.is_empty());
                 if !done {
                     open.push(format!("{g:?}"));
@@ -388,7 +389,7 @@ async fn unsettled(client: &Client, nodes: &[u64], groups: u32, replicas: usize)
             Some((voters, committed)) => {
                 for node in voters {
                     let at = applied.get(&(*node, group)).copied();
-                    if at.is_none_or(|at| at < *committed) {
+                    if at.is_none_or(|(at, changing)| changing || at < *committed) {
                         open.push(format!(
                             "group {group} on node {node} has applied {at:?} of {committed}"
                         ));

@@ -117,6 +117,9 @@ pub struct Group {
     pub applied: u64,
     #[prost(uint64, tag = "9")]
     pub committed: u64,
+    /// In the middle of a change of members: what is decided needs a majority of the old ones and of the new ones.
+    #[prost(bool, tag = "10")]
+    pub changing: bool,
 }
 
 /// The answer of a node that cannot decide something for a group.

@@ -73,6 +73,13 @@ pub(crate) fn admit(shared: &Shared, caller: &Caller) -> Result<u64, String> {
     }
 }
 
+fn sorted<'a>(ids: impl Iterator<Item = &'a u64>) -> Vec<u64> {
+    let mut ids: Vec<u64> = ids.copied().collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
 /// What this node knows.
 pub(crate) fn topology(shared: &Shared) -> Result<response::Op, Failure> {
     let state = state(shared)?;
@@ -92,17 +99,10 @@ pub(crate) fn topology(shared: &Shared) -> Result<response::Op, Failure> {
             out.here = true;
             out.leader = status.leader.unwrap_or(0);
             out.term = status.term;
-            out.voters = status.conf.voters.clone();
-            // Whoever has a part in the group in another way, as in the middle of a change of members.
-            let others = status.conf.learners.iter();
-            let others = others.chain(&status.conf.learners_next);
-            let others = others.chain(&status.conf.voters_outgoing);
-            out.learners = others
-                .copied()
-                .filter(|id| !status.conf.voters.contains(id))
-                .collect();
-            out.learners.sort_unstable();
-            out.learners.dedup();
+            let conf = &status.conf;
+            out.voters = sorted(conf.voters.iter().chain(&conf.voters_outgoing));
+            out.learners = sorted(conf.learners.iter().chain(&conf.learners_next));
+            out.changing = !conf.voters_outgoing.is_empty();
             out.applied = status.applied;
             out.committed = status.commit;
         }

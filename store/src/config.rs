@@ -58,11 +58,18 @@ pub(crate) struct Identity {
     pub(crate) cluster: String,
     pub(crate) node: u64,
     shards: u32,
+    /// The failure domain that a first node was given when it made the cluster.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) zone: String,
 }
 
 impl Identity {
     /// Reads it, or makes a new cluster of this node alone.
-    pub(crate) fn open(data: &Path, shards: u32) -> Result<(Self, ShardMap), StoreError> {
+    pub(crate) fn open(
+        data: &Path,
+        shards: u32,
+        zone: &str,
+    ) -> Result<(Self, ShardMap), StoreError> {
         let identity = match Self::read(data)? {
             Some(identity) => identity,
             None if crate::join::is_unfinished(data) => {
@@ -73,7 +80,7 @@ impl Identity {
             }
             None => {
                 let cluster = format!("{:032x}", rand::random::<u128>());
-                Self::create(data, cluster, FIRST_NODE, shards)?
+                Self::create(data, cluster, FIRST_NODE, shards, zone)?
             }
         };
         let map = ShardMap::new(identity.shards).filter(|_| identity.node != 0);
@@ -120,6 +127,7 @@ impl Identity {
         cluster: String,
         node: u64,
         shards: u32,
+        zone: &str,
     ) -> Result<Self, StoreError> {
         if ShardMap::new(shards).is_none() {
             return Err(StoreError::Config(format!(
@@ -131,6 +139,7 @@ impl Identity {
             cluster,
             node,
             shards,
+            zone: zone.to_owned(),
         };
         let text =
             serde_json::to_vec_pretty(&new).map_err(|e| StoreError::Config(e.to_string()))?;

@@ -202,7 +202,7 @@ pub(crate) async fn become_member(
     let ca = (joined.ca_cert.as_str(), joined.ca_key.as_str());
     Pki::install(data, ca, &key.serialize_pem(), &joined.node_cert)?;
     cluster::save_seeds(data, &joined.nodes)?;
-    Identity::create(data, joined.cluster, joined.node, joined.shards)?;
+    Identity::create(data, joined.cluster, joined.node, joined.shards, zone)?;
     fs::remove_file(&marker).map_err(|e| StoreError::io(&marker, e))?;
     Ok(joined.node)
 }

@@ -183,7 +183,11 @@ impl Node {
         }
         let member = Member {
             addr: cfg.advertise.unwrap_or(local),
-            zone: cfg.zone.clone(),
+            zone: if cfg.zone.is_empty() {
+                me.zone.clone()
+            } else {
+                cfg.zone.clone()
+            },
             first: me.is_first(),
         };
         let mut tasks = JoinSet::new();
@@ -348,7 +352,7 @@ fn open(cfg: &NodeConfig) -> Result<Opened, StoreError> {
     make_dir(data)?;
     // The database is opened first: its lock keeps a second process out.
     let db = Db::open(&data.join("db"))?;
-    let (identity, map) = Identity::open(data, cfg.shards)?;
+    let (identity, map) = Identity::open(data, cfg.shards, &cfg.zone)?;
     let pki = Pki::open(data, identity.node)?;
     make_groups(&db, &identity, map)?;
     Ok(Opened {

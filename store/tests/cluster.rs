@@ -10,11 +10,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::{DAY, chunk, commit, fast, sandbox_id, session};
-use tidepool_proto::cluster::NodeState;
+use tidepool_proto::cluster::{NodeState, TopologyRequest};
+use tidepool_proto::wire::{request, response};
 use tidepool_proto::{ChunkName, Epoch, ErrorKind, TurnNo};
 use tidepool_store::{Node, NodeConfig, Role};
 use tidepool_store_client::{Client, ClientConfig};
 
+/// Of an embedded store.
+const SHARDS: u32 = 4;
 const HOUR: Duration = Duration::from_secs(3600);
 /// Nothing here should take this long, on any machine.
 const LONG: Duration = Duration::from_secs(120);
@@ -58,34 +61,38 @@ async fn join(dir: &Path, n: u64, through: &Node) -> Node {
     Node::start(cfg).await.unwrap()
 }
 
-/// Waits until every group's leader counts exactly its target as its members.
+/// Waits until every group's leader counts exactly its target as its members, and each of these knows it.
 async fn settled(nodes: &BTreeMap<u64, Node>, replicas: usize) {
     let began = Instant::now();
+    let client = operator(nodes.values().next().unwrap()).await;
     loop {
-        let mut open = Vec::new();
-        let mut seen: BTreeMap<u32, bool> = BTreeMap::new();
-        for node in nodes.values() {
-            let client = operator(node).await;
-            let t = client.topology().await.unwrap();
-            for g in t.groups {
-                let done = seen.entry(g.group).or_default();
-                let (mut voters, mut targets) = (g.voters.clone(), g.targets.clone());
-                voters.sort_unstable();
-                targets.sort_unstable();
-                *done |= g.here
-                    && g.leader == t.node
-                    && voters == targets
-                    && (g.group == 0 || voters.len() == replicas)
-                    && (g.group == 0 || g.learners.is_empty());
-                if g.here && g.leader == t.node && !*done {
-                    open.push(g);
+        let mut all = Vec::new();
+        for node in nodes.keys() {
+            let ask = request::Op::Topology(TopologyRequest {});
+            match client.call_node(*node, ask).await {
+                Ok(response::Op::Topology(t)) => {
+                    all.extend(t.groups.into_iter().filter(|g| g.here).map(|g| (t.node, g)));
                 }
+                other => eprintln!("node {node}: {other:?}"),
             }
         }
-        if seen.values().all(|done| *done) {
+        let done = |group: u32| {
+            let of: Vec<_> = all.iter().filter(|(_, g)| g.group == group).collect();
+            let Some((_, led)) = of.iter().find(|(node, g)| g.leader == *node) else {
+                return false;
+            };
+            let mut targets = led.targets.clone();
+            targets.sort_unstable();
+            led.voters == targets
+                && (group == 0 || led.voters.len() == replicas && of.len() == replicas)
+                && of
+                    .iter()
+                    .all(|(_, g)| !g.changing && g.voters == targets && g.applied >= led.committed)
+        };
+        if (0..=SHARDS).all(done) {
             return;
         }
-        assert!(began.elapsed() < LONG, "not settled: {open:?}");
+        assert!(began.elapsed() < LONG, "not settled: {all:#?}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -144,6 +151,10 @@ impl Worker {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_grows_loses_a_node_gets_another_and_shrinks() {
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .try_init();
     let dir = tempfile::tempdir().unwrap();
     let mut nodes = BTreeMap::new();
     let first = config(dir.path(), 1, free_port());

@@ -84,9 +84,10 @@ impl Link {
         map.clone()
     }
 
+    /// Changes the map; false also where there is none.
     fn change_map(&self, f: impl FnOnce(&mut Map) -> bool) -> bool {
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        map.as_mut().is_none_or(|m| f(Arc::make_mut(m)))
+        map.as_mut().is_some_and(|m| f(Arc::make_mut(m)))
     }
 
     /// Sends a request where it belongs until it is answered.
@@ -148,9 +149,11 @@ impl Link {
                         ErrorKind::Unavailable,
                         format!("group {} has no leader that answers", moved.group),
                     );
-                    let known = self.change_map(|m| m.set_leader(moved.group, moved.leader));
-                    if !known {
+                    tracing::debug!(%addr, group = moved.group, leader = moved.leader, "a node does not lead a group");
+                    let note = |m: &mut Map| m.set_leader(moved.group, moved.leader);
+                    if !self.change_map(note) {
                         self.refresh(deadline).await;
+                        self.change_map(note);
                     }
                     if once {
                         return Ok(Err(moved));
@@ -199,15 +202,28 @@ impl Link {
 
     async fn send_once(&self, node: u64, op: request::Op) -> Result<response::Op, ClientError> {
         let gone = || ClientError::new(ErrorKind::Unavailable, format!("there is no node {node}"));
-        let addr = self.map().and_then(|m| m.addr(node)).ok_or_else(gone)?;
+        let where_is = || self.map().and_then(|m| m.addr(node));
         let frame = wire::frame(&Request::from(op))?;
-        match self.attempt(addr, &frame).await {
-            Ok(op) => Ok(op),
-            Err(Attempt::Lost(e)) => {
-                self.lost(addr);
-                Err(e)
+        let mut addr = match where_is() {
+            Some(addr) => addr,
+            None => {
+                self.refresh(self.deadline()).await;
+                where_is().ok_or_else(gone)?
             }
-            Err(Attempt::Over(e) | Attempt::Again(e)) => Err(e),
+        };
+        loop {
+            let e = match self.attempt(addr, &frame).await {
+                Ok(op) => return Ok(op),
+                Err(Attempt::Lost(e)) => e,
+                Err(Attempt::Over(e) | Attempt::Again(e)) => return Err(e),
+            };
+            self.lost(addr);
+            self.refresh(self.deadline()).await;
+            // It may have come back somewhere else.
+            match where_is() {
+                Some(now) if now != addr => addr = now,
+                _ => return Err(e),
+            }
         }
     }
 

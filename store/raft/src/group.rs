@@ -2,7 +2,7 @@
 //! [`Group::persisted`], applies what that gives back, and says that with [`Group::applied`]. Between `ready` and
 //! `persisted` nothing may be proposed or stepped: the type holds what is under way and refuses.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use raft::eraftpb::{
     ConfChange, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message, SnapshotMetadata,
@@ -77,9 +77,9 @@ pub struct Group {
     /// Messages that came up behind a ready: to be sent with the next.
     late: Vec<Message>,
     /// Members to which a raft snapshot was announced, and for how many ticks nothing has come of it.
-    announced: HashMap<u64, u32>,
-    /// Reads that wait for their index: tokens by request context.
-    reads_asked: HashMap<u64, ()>,
+    announced: BTreeMap<u64, u32>,
+    /// Reads that wait for their index: the tokens in their request contexts.
+    reads_asked: BTreeSet<u64>,
     reads_waiting: Vec<(u64, u64)>,
     /// Reads that came before this leader had committed in its term.
     reads_early: Vec<u64>,
@@ -124,8 +124,8 @@ impl Group {
             under_way: None,
             committed: Vec::new(),
             late: Vec::new(),
-            announced: HashMap::new(),
-            reads_asked: HashMap::new(),
+            announced: BTreeMap::new(),
+            reads_asked: BTreeSet::new(),
             reads_waiting: Vec::new(),
             reads_early: Vec::new(),
             applied,
@@ -173,7 +173,7 @@ impl Group {
             self.reads_early.push(token);
             return Ok(());
         }
-        self.reads_asked.insert(token, ());
+        self.reads_asked.insert(token);
         let mut context = self.cfg.run.to_le_bytes().to_vec();
         context.extend_from_slice(&token.to_le_bytes());
         self.raw.read_index(context);
@@ -296,7 +296,7 @@ impl Group {
         self.committed.extend(ready.take_committed_entries());
         for state in ready.take_read_states() {
             if let Some(token) = self.token(&state.request_ctx)
-                && self.reads_asked.remove(&token).is_some()
+                && self.reads_asked.remove(&token)
             {
                 self.reads_waiting.push((state.index, token));
             }
@@ -412,7 +412,7 @@ impl Group {
             .collect();
         let mut lost = Vec::new();
         if !self.is_leader() {
-            lost.extend(self.reads_asked.drain().map(|(token, ())| token));
+            lost.extend(std::mem::take(&mut self.reads_asked));
             lost.append(&mut self.reads_early);
         }
         (done, lost)

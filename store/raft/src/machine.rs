@@ -9,7 +9,7 @@
 //! The parts: [`crate::group`] one group's raft, [`crate::parked`] appends that wait for bodies, [`crate::install`] raft snapshots,
 //! [`crate::plan`] the walk between memberships, [`crate::turn`] persisting and applying. Time, ids and randomness are the caller's.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use prost::Message as _;
 use raft::eraftpb::{ConfState, HardState, Message, MessageType};
@@ -66,14 +66,14 @@ pub struct Core<D> {
     pub(crate) disk: D,
     logger: slog::Logger,
     pub(crate) groups: BTreeMap<u32, Replica>,
-    targets: HashMap<u32, Target>,
-    /// Who waits, by token: the group.
-    pub(crate) proposals: HashMap<u64, u32>,
-    pub(crate) reads: HashMap<u64, u32>,
+    targets: BTreeMap<u32, Target>,
+    /// Who waits, by token: the group. Sorted: the same inputs give the same actions in the same order.
+    pub(crate) proposals: BTreeMap<u64, u32>,
+    pub(crate) reads: BTreeMap<u64, u32>,
     pub(crate) outbox: BTreeMap<u64, Vec<Envelope>>,
     pub(crate) actions: VecDeque<Action>,
     pub(crate) pending: Option<Pending>,
-    fetches: HashMap<u64, Fetch>,
+    fetches: BTreeMap<u64, Fetch>,
     next_fetch: u64,
     ticks: u64,
     /// The last time given to a command: a clock that is set back does not show in the log.
@@ -88,13 +88,13 @@ impl<D: Disk> Core<D> {
             disk,
             logger,
             groups: BTreeMap::new(),
-            targets: HashMap::new(),
-            proposals: HashMap::new(),
-            reads: HashMap::new(),
+            targets: BTreeMap::new(),
+            proposals: BTreeMap::new(),
+            reads: BTreeMap::new(),
             outbox: BTreeMap::new(),
             actions: VecDeque::new(),
             pending: None,
-            fetches: HashMap::new(),
+            fetches: BTreeMap::new(),
             next_fetch: 1,
             ticks: 0,
             last_ms: 0,
@@ -469,11 +469,11 @@ impl<D: Disk> Core<D> {
             group: number,
             leader: None,
         };
-        for (token, _) in self.proposals.extract_if(|_, of| *of == number) {
+        for token in waiting(&mut self.proposals, number) {
             let result = Err(why.clone());
             self.actions.push_back(Action::Answer { token, result });
         }
-        for (token, _) in self.reads.extract_if(|_, of| *of == number) {
+        for token in waiting(&mut self.reads, number) {
             let result = Err(why.clone());
             self.actions.push_back(Action::ReadReady { token, result });
         }
@@ -638,6 +638,16 @@ impl<D: Disk> Core<D> {
         }
         Ok(())
     }
+}
+
+/// Takes out those that wait for a group, in the order of their tokens.
+pub(crate) fn waiting(all: &mut BTreeMap<u64, u32>, group: u32) -> Vec<u64> {
+    let of_group = all.iter().filter(|(_, of)| **of == group);
+    let tokens: Vec<u64> = of_group.map(|(token, _)| *token).collect();
+    for token in &tokens {
+        all.remove(token);
+    }
+    tokens
 }
 
 /// Whether a node belongs to a group in any way.

@@ -9,7 +9,7 @@ use crate::api::{Action, CoreError, Rejection};
 use crate::disk::{Disk, DiskError, DiskOp};
 use crate::envelope::Body;
 use crate::group::Committed;
-use crate::machine::Core;
+use crate::machine::{Core, waiting};
 use crate::view::StateView;
 
 type Answers = Vec<(u64, Result<Reply, Refusal>)>;
@@ -260,7 +260,7 @@ impl<D: Disk> Core<D> {
             }
             if !replica.group.is_leader() {
                 // Whether these are committed the next leader decides; sent again they do no harm.
-                for (token, _) in self.proposals.extract_if(|_, of| *of == *number) {
+                for token in waiting(&mut self.proposals, *number) {
                     let result = Err(again());
                     self.actions.push_back(Action::Answer { token, result });
                 }

@@ -10,6 +10,8 @@ use raft::eraftpb::{
 use raft::{Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole, Storage};
 use raft_prost::Message as _;
 
+use tidepool_store_core::bugs::{Bug, is_armed};
+
 use crate::api::CoreError;
 use crate::log::{LoadedLog, RaftLog};
 
@@ -17,6 +19,24 @@ use crate::log::{LoadedLog, RaftLog};
 const KEEP: u64 = 512;
 /// The log is cut when it holds more than this.
 const CUT_AT: (usize, usize) = (4096, 16 << 20);
+
+/// How long a log may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogBounds {
+    /// Entries kept behind the applied index, for followers that are a little late.
+    pub keep: u64,
+    /// The log is cut when it holds this many entries.
+    pub cut_at: usize,
+}
+
+impl Default for LogBounds {
+    fn default() -> Self {
+        Self {
+            keep: KEEP,
+            cut_at: CUT_AT.0,
+        }
+    }
+}
 
 /// Ticks after which a raft snapshot of which nothing was heard is announced again. A member that still fetches it ignores the second.
 const ANNOUNCE_TICKS: u32 = 50;
@@ -84,6 +104,7 @@ pub struct Group {
     /// Reads that came before this leader had committed in its term.
     reads_early: Vec<u64>,
     applied: u64,
+    pub(crate) bounds: LogBounds,
 }
 
 impl Group {
@@ -129,6 +150,7 @@ impl Group {
             reads_waiting: Vec::new(),
             reads_early: Vec::new(),
             applied,
+            bounds: LogBounds::default(),
         })
     }
 
@@ -171,6 +193,10 @@ impl Group {
         // raft-rs drops a request silently before the leader has committed in its term.
         if !self.raw.raft.commit_to_current_term() {
             self.reads_early.push(token);
+            return Ok(());
+        }
+        if is_armed(Bug::StaleRead) {
+            self.reads_waiting.push((0, token));
             return Ok(());
         }
         self.reads_asked.insert(token);
@@ -422,12 +448,16 @@ impl Group {
     pub fn cut(&mut self) -> Option<(u64, u64, (u64, u64))> {
         let log = self.raw.store();
         let (entries, bytes) = log.size();
-        if entries < CUT_AT.0 && bytes < CUT_AT.1 {
+        if entries < self.bounds.cut_at && bytes < CUT_AT.1 {
             return None;
         }
         let (from, _) = log.cut();
         // A log that is long in bytes keeps fewer.
-        let keep = if bytes < CUT_AT.1 { KEEP } else { 16 };
+        let keep = if bytes < CUT_AT.1 {
+            self.bounds.keep
+        } else {
+            16
+        };
         let to = self.applied.checked_sub(keep).filter(|to| *to > from)?;
         self.raw.mut_store().cut_to(to);
         Some((from + 1, to + 1, self.raw.store().cut()))

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
 use tidepool_proto::ChunkName;
+use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::keys;
 
 use crate::disk::{Disk, DiskError, DiskOp};
@@ -104,7 +105,7 @@ impl Install {
                     break;
                 }
             }
-            if !missing.is_empty() {
+            if !missing.is_empty() && !is_armed(Bug::InstallBeforeBodies) {
                 return Ok(Next::Bodies(missing));
             }
             self.gone.clear();

@@ -17,7 +17,7 @@ use raft::eraftpb::{ConfState, HardState, Message, MessageType};
 use crate::api::{Action, CoreError, GroupStatus, Input, Order, Rejection, Target};
 use crate::disk::{Disk, DiskError, DiskOp};
 use crate::envelope::{Body, Envelope};
-use crate::group::{Group, GroupConfig};
+use crate::group::{Group, GroupConfig, LogBounds};
 use crate::install::{self, Install};
 use crate::parked::{self, Parked};
 use crate::plan::{Step, next_step};
@@ -76,6 +76,7 @@ pub struct Core<D> {
     fetches: BTreeMap<u64, Fetch>,
     next_fetch: u64,
     ticks: u64,
+    bounds: LogBounds,
     /// The last time given to a command: a clock that is set back does not show in the log.
     last_ms: u64,
 }
@@ -97,6 +98,7 @@ impl<D: Disk> Core<D> {
             fetches: BTreeMap::new(),
             next_fetch: 1,
             ticks: 0,
+            bounds: LogBounds::default(),
             last_ms: 0,
         };
         for group in core.disk.groups()? {
@@ -135,7 +137,8 @@ impl<D: Disk> Core<D> {
             run: self.cfg.run,
             election_ticks: self.cfg.election_ticks,
         };
-        let group = Group::new(cfg, self.disk.load(number)?, &self.logger)?;
+        let mut group = Group::new(cfg, self.disk.load(number)?, &self.logger)?;
+        group.bounds = self.bounds;
         let replica = Replica {
             group,
             parked: Parked::default(),
@@ -145,6 +148,14 @@ impl<D: Disk> Core<D> {
         };
         self.groups.insert(number, replica);
         Ok(())
+    }
+
+    /// Lets logs grow otherwise than by default: a simulation is too short for long ones.
+    pub fn set_log_bounds(&mut self, bounds: LogBounds) {
+        self.bounds = bounds;
+        for replica in self.groups.values_mut() {
+            replica.group.bounds = bounds;
+        }
     }
 
     /// Its storage.

@@ -9,6 +9,7 @@ use prost::Message as _;
 use raft::eraftpb::{Entry, Message};
 use tidepool_proto::ChunkName;
 use tidepool_proto::wire::split_names;
+use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::{Command, op};
 
 use crate::disk::{Disk, DiskError};
@@ -86,7 +87,9 @@ impl Parked {
 
     /// What comes next.
     pub(crate) fn next<D: Disk>(&mut self, disk: &D) -> Result<Next, DiskError> {
-        if self.fetch.is_some() || self.wait > 0 {
+        let hasty = is_armed(Bug::AppendBeforeBodies)
+            && self.queue.front().is_some_and(|w| w.names.is_empty());
+        if (self.fetch.is_some() || self.wait > 0) && !hasty {
             return Ok(Next::Wait);
         }
         let Some(first) = self.queue.front_mut() else {
@@ -106,6 +109,9 @@ impl Parked {
             };
             self.bytes -= first.bytes;
             return Ok(Next::Step(Box::new(first.message)));
+        }
+        if is_armed(Bug::AppendBeforeBodies) {
+            first.names.clear();
         }
         missing.truncate(FETCH_NAMES);
         Ok(Next::Fetch {

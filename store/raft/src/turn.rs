@@ -3,6 +3,7 @@
 use prost::Message as _;
 use raft::eraftpb::Message;
 use tidepool_proto::{ChunkName, ErrorKind};
+use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::{Command, Group as Kind, META_GROUP, Outcome, Refusal, Reply, apply};
 
 use crate::api::{Action, CoreError, Rejection};
@@ -49,7 +50,8 @@ impl<D: Disk> Core<D> {
                 },
             };
             if !pending.ops.is_empty() {
-                match self.disk.write(&pending.ops, pending.sync) {
+                let sync = pending.sync && !is_armed(Bug::AckBeforeFsync);
+                match self.disk.write(&pending.ops, sync) {
                     Ok(()) => {}
                     Err(DiskError::Full(_)) => {
                         self.pending = Some(pending);
@@ -93,6 +95,7 @@ impl<D: Disk> Core<D> {
             // A conflicting suffix that was longer than what replaces it.
             if let Some(end) = persist.entries.last()
                 && last > end.index
+                && !is_armed(Bug::ForgetTruncation)
             {
                 ops.push(DiskOp::DropEntries {
                     group,
@@ -234,7 +237,7 @@ impl<D: Disk> Core<D> {
     fn sweep(&mut self, swept: Vec<(u32, Vec<ChunkName>)>) -> Result<(), CoreError> {
         for (group, mut names) in swept {
             let mut named = self.is_named(&names).into_iter();
-            names.retain(|_| named.next() == Some(false));
+            names.retain(|_| named.next() == Some(false) || is_armed(Bug::SweepNamed));
             self.disk.delete_bodies(group, &names)?;
         }
         Ok(())

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use tidepool_proto::ChunkName;
 
-use crate::disk::Body;
 use crate::node::Inbound;
 use crate::rng::Rng;
 use crate::world::{Event, Machine, Process, World};
@@ -310,9 +309,9 @@ impl World {
         let Some(name) = self.rng.pick(&names).copied() else {
             return;
         };
+        let checker = self.env.checker.clone();
         let whole = self.machines.iter().filter(|(id, m)| {
-            let body = m.disk().and_then(|d| d.body(&name));
-            **id != node && body == Some(Body::Whole)
+            **id != node && m.disk().is_some_and(|d| checker.borrow().holds(&name, d))
         });
         if whole.count() >= 2
             && let Some(disk) = self.machines.get_mut(&node).and_then(Machine::disk_mut)

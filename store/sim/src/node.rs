@@ -448,7 +448,10 @@ impl Node {
         }
         for (group, names) in bad {
             let conf = self.core.status(group).map(|s| s.conf).unwrap_or_default();
-            let others: Vec<u64> = conf.voters.into_iter().filter(|v| *v != self.id).collect();
+            let lists = [conf.voters, conf.voters_outgoing, conf.learners];
+            let others: Vec<u64> = (lists.into_iter().flatten())
+                .filter(|v| *v != self.id)
+                .collect();
             if let Some(to) = self.rng.pick(&others) {
                 let packet = Packet::AskRepair { names };
                 self.out.push(Out::Peer { to: *to, packet });

@@ -759,7 +759,17 @@ impl World {
             !disks.any(|disk| checker.holds(name, disk))
         });
         if let Some(name) = lost.copied() {
-            checker.fail(format!("no node has chunk {name} whole any more"));
+            let group = self.env.shards.of_chunk(&name);
+            let has = |(id, m): (&u64, &Machine)| {
+                let disk = m.disk()?;
+                let applied = disk.group(group).map(|g| g.applied);
+                Some(format!("node {id} at {applied:?} {:?}", disk.body(&name)))
+            };
+            let all: Vec<_> = self.machines.iter().filter_map(has).collect();
+            checker.fail(format!(
+                "no node has chunk {name} whole any more: {}",
+                all.join(", ")
+            ));
         }
     }
 }

@@ -344,7 +344,7 @@ impl World {
             }
         }
         let checker = self.env.checker.borrow();
-        checker.needed().all(|name| {
+        checker.recorded().all(|name| {
             let others = self.machines.iter().filter(|(id, _)| **id != node);
             let whole = others.filter(|(_, m)| m.disk().is_some_and(|d| checker.holds(name, d)));
             whole.count() >= 1

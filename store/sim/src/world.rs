@@ -755,8 +755,11 @@ impl World {
         drop(dir);
         let mut checker = self.env.checker.borrow_mut();
         let lost = checker.needed().find(|name| {
+            // Whoever keeps the group: the entry may be in a log only.
+            let group = self.env.shards.of_chunk(name);
             let mut disks = self.machines.values().filter_map(Machine::disk);
-            !disks.any(|disk| checker.holds(name, disk))
+            let keeps = |d: &SimDisk| d.group(group).is_some_and(|g| g.conf.is_some());
+            !disks.any(|d| keeps(d) && d.body(name) == Some(crate::disk::Body::Whole))
         });
         if let Some(name) = lost.copied() {
             let group = self.env.shards.of_chunk(&name);

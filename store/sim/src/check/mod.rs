@@ -326,6 +326,11 @@ impl Checker {
         self.reach.needed()
     }
 
+    /// The chunks that are recorded, needed or not: a replica that is behind waits for the bodies of all of them.
+    pub(crate) fn recorded(&self) -> impl Iterator<Item = &ChunkName> {
+        self.groups.values().flat_map(|g| g.added.keys())
+    }
+
     /// Whether a disk has whole bodies of everything needed in a group, and the group's newest state.
     pub(crate) fn holds_all(&self, group: u32, disk: &SimDisk) -> Result<(), String> {
         let Some(ghost) = self.groups.get(&group) else {

@@ -292,14 +292,14 @@ impl Group {
         self.raw.store().size().0 as u64
     }
 
-    /// Of a leader: how many committed entries a member lacks; none of a stranger or one that was not heard lately.
+    /// Of a leader: how many committed entries a member lacks; none of a stranger, of one that was not heard lately, and of one that has
+    /// nothing yet: it knows no members and could not vote, however short the log is.
     pub fn lag(&self, member: u64) -> Option<u64> {
         if member == self.cfg.node {
             return Some(0);
         }
         let progress = self.raw.raft.prs().get(member)?;
-        progress
-            .recent_active
+        (progress.recent_active && progress.matched > 0)
             .then(|| self.commit().saturating_sub(progress.matched))
     }
 
@@ -410,6 +410,12 @@ impl Group {
             .apply_conf_change(&change)
             .map_err(|source| CoreError::Raft { group, source })?;
         self.raw.mut_store().set_conf(conf.clone());
+        // A leader that was removed (it took over while that was decided) leads no more: raft-rs would go on, and fall over the first
+        // acknowledgement.
+        if self.is_leader() && self.raw.raft.prs().get(self.cfg.node).is_none() {
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, 0);
+        }
         Ok(Committed::Members { index, conf })
     }
 

@@ -66,6 +66,8 @@ pub(crate) struct Parked {
     gone: BTreeSet<ChunkName>,
     pub(crate) fetch: Option<u64>,
     pub(crate) wait: u32,
+    /// How many bodies were missing when they were last asked for.
+    asked: usize,
 }
 
 impl Parked {
@@ -101,15 +103,22 @@ impl Parked {
                 missing.push(*name);
             }
         }
-        first.names.clone_from(&missing);
         if missing.is_empty() {
             self.gone.clear();
+            self.asked = 0;
             let Some(first) = self.queue.pop_front() else {
                 return Ok(Next::Wait);
             };
             self.bytes -= first.bytes;
             return Ok(Next::Step(Box::new(first.message)));
         }
+        // Nothing came: asking again at once would go on as fast as the network can, and what is behind would wait for ever for a
+        // sender that has not got it.
+        if missing.len() == self.asked {
+            self.failed();
+            return Ok(Next::Wait);
+        }
+        self.asked = missing.len();
         if is_armed(Bug::AppendBeforeBodies) {
             first.names.clear();
         }
@@ -130,6 +139,7 @@ impl Parked {
     /// The fetch failed.
     pub(crate) fn failed(&mut self) {
         self.fetch = None;
+        self.asked = 0;
         self.wait = RETRY_TICKS;
         // The leader may have changed or died: what it sent is worth nothing if it cannot be completed.
         if let Some(first) = self.queue.pop_front() {

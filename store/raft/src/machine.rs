@@ -246,7 +246,7 @@ impl<D: Disk> Core<D> {
                 command,
             } => self.propose(group, token, *command),
             Input::Read { group, token } => self.read(group, token),
-            Input::BodiesFetched { fetch, gone } => match self.fetches.remove(&fetch) {
+            Input::BodiesFetched { fetch, gone } => match self.take_fetch(fetch) {
                 Some(Fetch::Parked(group)) => {
                     self.with(group, |r| r.parked.fetched(gone));
                     self.advance(group)?;
@@ -260,12 +260,12 @@ impl<D: Disk> Core<D> {
                 None => {}
             },
             Input::PageFetched { fetch, page } => {
-                if let Some(Fetch::Install(group)) = self.fetches.remove(&fetch) {
+                if let Some(Fetch::Install(group)) = self.take_fetch(fetch) {
                     self.page(group, page)?;
                     self.advance(group)?;
                 }
             }
-            Input::FetchFailed { fetch } => match self.fetches.remove(&fetch) {
+            Input::FetchFailed { fetch } => match self.take_fetch(fetch) {
                 Some(Fetch::Parked(group)) => self.with(group, |r| r.parked.failed()),
                 Some(Fetch::Install(group)) => {
                     self.with(group, |r| r.install.iter_mut().for_each(Install::failed));
@@ -375,7 +375,10 @@ impl<D: Disk> Core<D> {
                 let Some(replica) = self.groups.get_mut(&number) else {
                     return Ok(());
                 };
-                replica.lonely = 0;
+                // What others refuse it says nothing of: one that was removed asks for votes, and is answered, for ever.
+                if is_from_leader(&message) {
+                    replica.lonely = 0;
+                }
                 // A replica that knows no members has no vote: one that was deleted and made again, its log forgotten, could
                 // otherwise help members of long ago to a quorum.
                 let asks_for_vote = matches!(
@@ -433,22 +436,27 @@ impl<D: Disk> Core<D> {
 
     /// Makes an empty replica where a leader wants one here.
     fn create(&mut self, number: u32, message: &Message) -> Result<bool, CoreError> {
-        let from_leader = matches!(
-            message.msg_type(),
-            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
-        );
         let unwanted = self
             .targets
             .get(&number)
             .is_some_and(|t| !t.voters.is_empty() && !t.has(self.cfg.node));
-        if !from_leader || unwanted {
+        if !is_from_leader(message) || unwanted {
             return Ok(false);
         }
-        let op = DiskOp::Conf {
-            group: number,
-            conf: ConfState::default(),
-        };
-        match self.disk.write(&[op], false) {
+        // Term and vote outlived the replica that was here before; what it knew to be committed went with its log.
+        let mut hard = self.disk.load(number)?.hard;
+        hard.commit = 0;
+        let ops = [
+            DiskOp::Hard {
+                group: number,
+                hard,
+            },
+            DiskOp::Conf {
+                group: number,
+                conf: ConfState::default(),
+            },
+        ];
+        match self.disk.write(&ops, false) {
             Ok(()) => {}
             Err(DiskError::Full(_)) => return Ok(false),
             Err(e) => return Err(e.into()),
@@ -564,6 +572,19 @@ impl<D: Disk> Core<D> {
         }
     }
 
+    /// What an answered fetch was for; none where that is not waited for any more: another snapshot took the place of the one it was
+    /// for, or the group went and came again. A page of one view must never pass for one of another.
+    fn take_fetch(&mut self, fetch: u64) -> Option<Fetch> {
+        let what = self.fetches.remove(&fetch)?;
+        let (Fetch::Parked(group) | Fetch::Install(group)) = what;
+        let replica = self.groups.get(&group)?;
+        let awaited = match what {
+            Fetch::Parked(_) => replica.parked.fetch,
+            Fetch::Install(_) => replica.install.as_ref()?.fetch,
+        };
+        (awaited == Some(fetch)).then_some(what)
+    }
+
     fn fetch(&mut self, what: Fetch) -> u64 {
         let fetch = self.next_fetch;
         self.next_fetch += 1;
@@ -649,6 +670,14 @@ impl<D: Disk> Core<D> {
         }
         Ok(())
     }
+}
+
+/// Whether only a leader sends this.
+fn is_from_leader(message: &Message) -> bool {
+    matches!(
+        message.msg_type(),
+        MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
+    )
 }
 
 /// Takes out those that wait for a group, in the order of their tokens.

@@ -100,7 +100,10 @@ impl TestCluster {
     fn make_network(&mut self, hosts: u64) {
         let switch = self.switch();
         must("ip", &["netns", "add", &switch]);
-        must("ip", &["-n", &switch, "link", "add", "br0", "type", "bridge"]);
+        must(
+            "ip",
+            &["-n", &switch, "link", "add", "br0", "type", "bridge"],
+        );
         must("ip", &["-n", &switch, "link", "set", "br0", "up"]);
         for n in (1..=hosts).chain([CLIENT]) {
             let netns = format!("{}h{n}", self.tag);
@@ -116,18 +119,27 @@ impl TestCluster {
             let mut add = vec!["-n", &switch, "link", "add", &port];
             add.extend(veth);
             must("ip", &add);
-            must("ip", &["-n", &switch, "link", "set", &port, "master", "br0", "up"]);
+            must(
+                "ip",
+                &["-n", &switch, "link", "set", &port, "master", "br0", "up"],
+            );
             let addr = format!("{}/24", ip(n));
             must("ip", &["-n", &netns, "addr", "add", &addr, "dev", "eth0"]);
             must("ip", &["-n", &netns, "link", "set", "eth0", "up"]);
             must("ip", &["-n", &netns, "link", "set", "lo", "up"]);
             self.nft(n, "add table inet tp");
-            self.nft(n, "add chain inet tp in { type filter hook input priority 0; }");
+            self.nft(
+                n,
+                "add chain inet tp in { type filter hook input priority 0; }",
+            );
         }
     }
 
     fn nft(&self, n: u64, command: &str) {
-        must("ip", &["netns", "exec", &self.hosts[&n].netns, "nft", command]);
+        must(
+            "ip",
+            &["netns", "exec", &self.hosts[&n].netns, "nft", command],
+        );
     }
 
     /// Where a node keeps its data.
@@ -145,7 +157,10 @@ impl TestCluster {
         File::create(&image)
             .and_then(|f| f.set_len(mib << 20))
             .expect("a disk image");
-        must("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), image.as_os_str()]);
+        must(
+            "mkfs.ext4",
+            &["-q".as_ref(), "-F".as_ref(), image.as_os_str()],
+        );
         std::fs::create_dir_all(&data).expect("a mount point");
         let options = ["-o".as_ref(), "loop".as_ref()];
         let mut args: Vec<&OsStr> = options.to_vec();
@@ -263,7 +278,10 @@ impl TestCluster {
 
     /// What `from` sends does not reach `to` any more; the other way goes on.
     pub fn cut(&self, from: u64, to: u64) {
-        self.nft(to, &format!("add rule inet tp in ip saddr {} drop", ip(from)));
+        self.nft(
+            to,
+            &format!("add rule inet tp in ip saddr {} drop", ip(from)),
+        );
     }
 
     /// Nothing from or to the other nodes reaches `n`; clients do.

@@ -163,7 +163,8 @@ impl Load {
         for n in 0..writers {
             let client = patiently("connecting", || Client::connect(cfg.clone())).await;
             let (pasts, stop, reads) = (load.pasts.clone(), load.stop.clone(), load.reads.clone());
-            load.tasks.push(tokio::spawn(read(client, pasts, stop, reads, n)));
+            load.tasks
+                .push(tokio::spawn(read(client, pasts, stop, reads, n)));
         }
         load
     }
@@ -230,7 +231,9 @@ async fn read(
 ) {
     let mut n = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     while !stop.load(Relaxed) {
-        n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        n = n
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         let past = lock(&pasts[(n >> 33) as usize % pasts.len()]);
         if past.turns == 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -238,9 +241,17 @@ async fn read(
         }
         let turn = (n >> 17) % past.turns + 1;
         demand(&client, past, turn).await;
-        let head = patiently("reading a sandbox", || client.sandbox(sandbox_id(past.sandbox))).await;
+        let head = patiently("reading a sandbox", || {
+            client.sandbox(sandbox_id(past.sandbox))
+        })
+        .await;
         let last = head.expect("an acknowledged sandbox").last_turn;
-        assert!(last.0 >= past.turns, "sandbox {}: {last} after {}", past.sandbox, past.turns);
+        assert!(
+            last.0 >= past.turns,
+            "sandbox {}: {last} after {}",
+            past.sandbox,
+            past.turns
+        );
         reads.fetch_add(1, Relaxed);
     }
 }
@@ -248,7 +259,10 @@ async fn read(
 /// A turn that was acknowledged has to be there, whole.
 async fn demand(client: &Client, past: Past, turn: u64) {
     let (id, want) = manifest(past.sandbox, past.epoch, TurnNo(turn));
-    let got = patiently("reading a manifest", || client.manifest(sandbox_id(past.sandbox), id)).await;
+    let got = patiently("reading a manifest", || {
+        client.manifest(sandbox_id(past.sandbox), id)
+    })
+    .await;
     assert_eq!(got, want, "sandbox {} turn {turn}", past.sandbox);
     let bodies = chunks(past.sandbox, turn);
     let names: Vec<_> = bodies.iter().map(|(n, _)| *n).collect();

@@ -118,7 +118,10 @@ fn what_was_acknowledged_survives_rounds_of_random_faults() {
         let what = fault(&mut cluster, &mut dice, 3);
         assert!(!load.failed(), "round {round}: {what}");
         for n in 1..=3 {
-            assert!(!cluster.has_ended(n), "round {round}: {what}: node {n} ended");
+            assert!(
+                !cluster.has_ended(n),
+                "round {round}: {what}: node {n} ended"
+            );
         }
         pause(dice.below(1500));
         let (turns, reads) = load.counts();
@@ -185,7 +188,10 @@ fn any_two_of_five_nodes_are_lost_for_good_and_replaced_under_load() {
         let chief = cluster.client_config("operator");
         let remove = runtime.spawn(async move {
             let client = Client::connect(chief).await.unwrap();
-            client.change_node(dead, NodeState::Removed, true).await.unwrap();
+            client
+                .change_node(dead, NodeState::Removed, true)
+                .await
+                .unwrap();
         });
         runtime.block_on(remove).unwrap();
         wait(&cluster, alive.clone());

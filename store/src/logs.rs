@@ -87,8 +87,7 @@ pub(crate) fn is_here(db: &Db, group: u32) -> Result<bool, DbError> {
 
 /// Reads a group's log. Of a group that is not here only the vote may be set.
 pub(crate) fn load(db: &Db, group: u32) -> Result<LoadedLog, DbError> {
-    let damaged =
-        |what: &str| DbError::Corruption(format!("group {group}: {what} is damaged"));
+    let damaged = |what: &str| DbError::Corruption(format!("group {group}: {what} is damaged"));
     let get = |tag| db.raft(&key(group, tag));
     let conf = match get(CONF)? {
         Some(bytes) => ConfState::decode(&*bytes).map_err(|_| damaged("the list of members"))?,

@@ -193,7 +193,10 @@ async fn a_store_grows_loses_a_node_gets_another_and_shrinks() {
     let chief = operator(&nodes[&2]).await;
     let e = chief.change_node(1, NodeState::Removed, false).await;
     assert_eq!(e.unwrap_err().kind(), ErrorKind::Conflict);
-    chief.change_node(1, NodeState::Removed, true).await.unwrap();
+    chief
+        .change_node(1, NodeState::Removed, true)
+        .await
+        .unwrap();
     two.work(&client, 5).await;
     settled(&nodes, 3).await;
     nodes.remove(&2).unwrap().shutdown().await;
@@ -210,7 +213,10 @@ async fn a_store_grows_loses_a_node_gets_another_and_shrinks() {
     let fifth = join(dir.path(), 5, &nodes[&3]).await;
     nodes.insert(5, fifth);
     let chief = operator(&nodes[&3]).await;
-    chief.change_node(4, NodeState::Draining, false).await.unwrap();
+    chief
+        .change_node(4, NodeState::Draining, false)
+        .await
+        .unwrap();
     one.work(&client, 5).await;
     settled(&nodes, 3).await;
     let began = Instant::now();

@@ -17,8 +17,8 @@ use tidepool_proto::wire::{self, Request, request, response};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use crate::ClientConfig;
 use crate::Boxed;
+use crate::ClientConfig;
 use crate::error::ClientError;
 use crate::pool::{Attempt, Pool};
 use crate::route::{self, Route};

@@ -10,6 +10,7 @@ use tidepool_proto::wire::split_names;
 use tidepool_proto::{ChunkName, ErrorKind, SessionId};
 
 use crate::apply::{Applied, Refusal, Reply, session_id};
+use crate::bugs::command_time;
 use crate::command::op;
 use crate::gc::{gc_of, stats_of};
 use crate::keys;
@@ -159,6 +160,7 @@ pub(crate) fn expire_sessions(state: &dyn KvRead, c: &op::ExpireSessions, now_ms
             "a list of sessions is not a whole number of them",
         ));
     }
+    let now_ms = command_time(now_ms);
     let mut writes = Vec::new();
     for id in ids {
         let key = keys::session(&SessionId(*id));

@@ -19,6 +19,7 @@
 //! Elsewhere on purpose: bodies (the store keeps them beside the log), leaders, replication and time (the raft driver).
 
 mod apply;
+pub mod bugs;
 mod chunks;
 mod command;
 pub mod gc;

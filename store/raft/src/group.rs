@@ -2,13 +2,15 @@
 //! [`Group::persisted`], applies what that gives back, and says that with [`Group::applied`]. Between `ready` and
 //! `persisted` nothing may be proposed or stepped: the type holds what is under way and refuses.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use raft::eraftpb::{
     ConfChange, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message, SnapshotMetadata,
 };
 use raft::{Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole, Storage};
 use raft_prost::Message as _;
+
+use tidepool_store_core::bugs::{Bug, is_armed};
 
 use crate::api::CoreError;
 use crate::log::{LoadedLog, RaftLog};
@@ -17,6 +19,24 @@ use crate::log::{LoadedLog, RaftLog};
 const KEEP: u64 = 512;
 /// The log is cut when it holds more than this.
 const CUT_AT: (usize, usize) = (4096, 16 << 20);
+
+/// How long a log may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogBounds {
+    /// Entries kept behind the applied index, for followers that are a little late.
+    pub keep: u64,
+    /// The log is cut when it holds this many entries.
+    pub cut_at: usize,
+}
+
+impl Default for LogBounds {
+    fn default() -> Self {
+        Self {
+            keep: KEEP,
+            cut_at: CUT_AT.0,
+        }
+    }
+}
 
 /// Ticks after which a raft snapshot of which nothing was heard is announced again. A member that still fetches it ignores the second.
 const ANNOUNCE_TICKS: u32 = 50;
@@ -77,13 +97,14 @@ pub struct Group {
     /// Messages that came up behind a ready: to be sent with the next.
     late: Vec<Message>,
     /// Members to which a raft snapshot was announced, and for how many ticks nothing has come of it.
-    announced: HashMap<u64, u32>,
-    /// Reads that wait for their index: tokens by request context.
-    reads_asked: HashMap<u64, ()>,
+    announced: BTreeMap<u64, u32>,
+    /// Reads that wait for their index: the tokens in their request contexts.
+    reads_asked: BTreeSet<u64>,
     reads_waiting: Vec<(u64, u64)>,
     /// Reads that came before this leader had committed in its term.
     reads_early: Vec<u64>,
     applied: u64,
+    pub(crate) bounds: LogBounds,
 }
 
 impl Group {
@@ -124,11 +145,12 @@ impl Group {
             under_way: None,
             committed: Vec::new(),
             late: Vec::new(),
-            announced: HashMap::new(),
-            reads_asked: HashMap::new(),
+            announced: BTreeMap::new(),
+            reads_asked: BTreeSet::new(),
             reads_waiting: Vec::new(),
             reads_early: Vec::new(),
             applied,
+            bounds: LogBounds::default(),
         })
     }
 
@@ -173,7 +195,11 @@ impl Group {
             self.reads_early.push(token);
             return Ok(());
         }
-        self.reads_asked.insert(token, ());
+        if is_armed(Bug::StaleRead) {
+            self.reads_waiting.push((0, token));
+            return Ok(());
+        }
+        self.reads_asked.insert(token);
         let mut context = self.cfg.run.to_le_bytes().to_vec();
         context.extend_from_slice(&token.to_le_bytes());
         self.raw.read_index(context);
@@ -266,14 +292,14 @@ impl Group {
         self.raw.store().size().0 as u64
     }
 
-    /// Of a leader: how many committed entries a member lacks; none of a stranger or one that was not heard lately.
+    /// Of a leader: how many committed entries a member lacks; none of a stranger, of one that was not heard lately, and of one that has
+    /// nothing yet: it knows no members and could not vote, however short the log is.
     pub fn lag(&self, member: u64) -> Option<u64> {
         if member == self.cfg.node {
             return Some(0);
         }
         let progress = self.raw.raft.prs().get(member)?;
-        progress
-            .recent_active
+        (progress.recent_active && progress.matched > 0)
             .then(|| self.commit().saturating_sub(progress.matched))
     }
 
@@ -296,7 +322,7 @@ impl Group {
         self.committed.extend(ready.take_committed_entries());
         for state in ready.take_read_states() {
             if let Some(token) = self.token(&state.request_ctx)
-                && self.reads_asked.remove(&token).is_some()
+                && self.reads_asked.remove(&token)
             {
                 self.reads_waiting.push((state.index, token));
             }
@@ -384,6 +410,12 @@ impl Group {
             .apply_conf_change(&change)
             .map_err(|source| CoreError::Raft { group, source })?;
         self.raw.mut_store().set_conf(conf.clone());
+        // A leader that was removed (it took over while that was decided) leads no more: raft-rs would go on, and fall over the first
+        // acknowledgement.
+        if self.is_leader() && self.raw.raft.prs().get(self.cfg.node).is_none() {
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, 0);
+        }
         Ok(Committed::Members { index, conf })
     }
 
@@ -412,7 +444,7 @@ impl Group {
             .collect();
         let mut lost = Vec::new();
         if !self.is_leader() {
-            lost.extend(self.reads_asked.drain().map(|(token, ())| token));
+            lost.extend(std::mem::take(&mut self.reads_asked));
             lost.append(&mut self.reads_early);
         }
         (done, lost)
@@ -422,12 +454,16 @@ impl Group {
     pub fn cut(&mut self) -> Option<(u64, u64, (u64, u64))> {
         let log = self.raw.store();
         let (entries, bytes) = log.size();
-        if entries < CUT_AT.0 && bytes < CUT_AT.1 {
+        if entries < self.bounds.cut_at && bytes < CUT_AT.1 {
             return None;
         }
         let (from, _) = log.cut();
         // A log that is long in bytes keeps fewer.
-        let keep = if bytes < CUT_AT.1 { KEEP } else { 16 };
+        let keep = if bytes < CUT_AT.1 {
+            self.bounds.keep
+        } else {
+            16
+        };
         let to = self.applied.checked_sub(keep).filter(|to| *to > from)?;
         self.raw.mut_store().cut_to(to);
         Some((from + 1, to + 1, self.raw.store().cut()))

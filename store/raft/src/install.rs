@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
 use tidepool_proto::ChunkName;
+use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::keys;
 
 use crate::disk::{Disk, DiskError, DiskOp};
@@ -37,6 +38,8 @@ pub(crate) struct Install {
     bodies_after: Option<Vec<u8>>,
     gone: Vec<ChunkName>,
     pub(crate) fetch: Option<u64>,
+    /// How many bodies were missing when they were last asked for.
+    asked: usize,
     wait: u32,
 }
 
@@ -52,6 +55,7 @@ impl Install {
             bodies_after: None,
             gone: Vec::new(),
             fetch: None,
+            asked: 0,
             wait: 0,
         }
     }
@@ -104,9 +108,17 @@ impl Install {
                     break;
                 }
             }
-            if !missing.is_empty() {
+            if !missing.is_empty() && !is_armed(Bug::InstallBeforeBodies) {
+                // Nothing came: not at once again.
+                if missing.len() == self.asked {
+                    self.asked = 0;
+                    self.wait = RETRY_TICKS;
+                    return Ok(Next::Wait);
+                }
+                self.asked = missing.len();
                 return Ok(Next::Bodies(missing));
             }
+            self.asked = 0;
             self.gone.clear();
             after.clone_from(last);
         }

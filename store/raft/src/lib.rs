@@ -28,6 +28,7 @@ mod view;
 pub use api::{Action, CoreError, GroupStatus, Input, Order, Rejection, Target};
 pub use disk::{Disk, DiskError, DiskOp, StagedRow};
 pub use envelope::{Body, Envelope, EnvelopeError, MAX_ENVELOPE};
+pub use group::LogBounds;
 pub use log::LoadedLog;
 pub use machine::{Core, CoreConfig, FIRST, TICK_MS, bootstrap};
 pub use page::{MAX_PAGE, PAGE_BYTES, Page, PageRequest, Row};

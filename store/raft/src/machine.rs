@@ -9,7 +9,7 @@
 //! The parts: [`crate::group`] one group's raft, [`crate::parked`] appends that wait for bodies, [`crate::install`] raft snapshots,
 //! [`crate::plan`] the walk between memberships, [`crate::turn`] persisting and applying. Time, ids and randomness are the caller's.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use prost::Message as _;
 use raft::eraftpb::{ConfState, HardState, Message, MessageType};
@@ -17,7 +17,7 @@ use raft::eraftpb::{ConfState, HardState, Message, MessageType};
 use crate::api::{Action, CoreError, GroupStatus, Input, Order, Rejection, Target};
 use crate::disk::{Disk, DiskError, DiskOp};
 use crate::envelope::{Body, Envelope};
-use crate::group::{Group, GroupConfig};
+use crate::group::{Group, GroupConfig, LogBounds};
 use crate::install::{self, Install};
 use crate::parked::{self, Parked};
 use crate::plan::{Step, next_step};
@@ -88,16 +88,17 @@ pub struct Core<D> {
     pub(crate) disk: D,
     logger: slog::Logger,
     pub(crate) groups: BTreeMap<u32, Replica>,
-    targets: HashMap<u32, Target>,
-    /// Who waits, by token: the group.
-    pub(crate) proposals: HashMap<u64, u32>,
-    pub(crate) reads: HashMap<u64, u32>,
+    targets: BTreeMap<u32, Target>,
+    /// Who waits, by token: the group. Sorted: the same inputs give the same actions in the same order.
+    pub(crate) proposals: BTreeMap<u64, u32>,
+    pub(crate) reads: BTreeMap<u64, u32>,
     pub(crate) outbox: BTreeMap<u64, Vec<Envelope>>,
     pub(crate) actions: VecDeque<Action>,
     pub(crate) pending: Option<Pending>,
-    fetches: HashMap<u64, Fetch>,
+    fetches: BTreeMap<u64, Fetch>,
     next_fetch: u64,
     ticks: u64,
+    bounds: LogBounds,
     /// The last time given to a command: a clock that is set back does not show in the log.
     last_ms: u64,
 }
@@ -110,15 +111,16 @@ impl<D: Disk> Core<D> {
             disk,
             logger,
             groups: BTreeMap::new(),
-            targets: HashMap::new(),
-            proposals: HashMap::new(),
-            reads: HashMap::new(),
+            targets: BTreeMap::new(),
+            proposals: BTreeMap::new(),
+            reads: BTreeMap::new(),
             outbox: BTreeMap::new(),
             actions: VecDeque::new(),
             pending: None,
-            fetches: HashMap::new(),
+            fetches: BTreeMap::new(),
             next_fetch: 1,
             ticks: 0,
+            bounds: LogBounds::default(),
             last_ms: 0,
         };
         for group in core.disk.groups()? {
@@ -134,12 +136,8 @@ impl<D: Disk> Core<D> {
             run: self.cfg.run,
             election_ticks: self.cfg.election_ticks,
         };
-        let mut loaded = self.disk.load(number)?;
-        // The replica that was here before is gone with its log; what of it stays is which terms and votes were given.
-        if loaded.conf == ConfState::default() && loaded.entries.is_empty() && loaded.cut.0 == 0 {
-            loaded.hard.commit = 0;
-        }
-        let group = Group::new(cfg, loaded, &self.logger)?;
+        let mut group = Group::new(cfg, self.disk.load(number)?, &self.logger)?;
+        group.bounds = self.bounds;
         let replica = Replica {
             group,
             parked: Parked::default(),
@@ -149,6 +147,14 @@ impl<D: Disk> Core<D> {
         };
         self.groups.insert(number, replica);
         Ok(())
+    }
+
+    /// Lets logs grow otherwise than by default: a simulation is too short for long ones.
+    pub fn set_log_bounds(&mut self, bounds: LogBounds) {
+        self.bounds = bounds;
+        for replica in self.groups.values_mut() {
+            replica.group.bounds = bounds;
+        }
     }
 
     /// Its storage.
@@ -235,7 +241,11 @@ impl<D: Disk> Core<D> {
 
     /// Those of some bodies of a group that nothing under way here needs, whether the group is here or not. What the state names and
     /// what is held by a put is for [`Disk::delete_bodies`] to spare.
-    pub fn unneeded(&self, group: u32, names: &[tidepool_proto::ChunkName]) -> Vec<tidepool_proto::ChunkName> {
+    pub fn unneeded(
+        &self,
+        group: u32,
+        names: &[tidepool_proto::ChunkName],
+    ) -> Vec<tidepool_proto::ChunkName> {
         if self.groups.get(&group).is_some_and(|r| r.install.is_some()) {
             return Vec::new();
         }
@@ -256,7 +266,7 @@ impl<D: Disk> Core<D> {
                 command,
             } => self.propose(group, token, *command),
             Input::Read { group, token } => self.read(group, token),
-            Input::BodiesFetched { fetch, gone } => match self.fetches.remove(&fetch) {
+            Input::BodiesFetched { fetch, gone } => match self.take_fetch(fetch) {
                 Some(Fetch::Parked(group)) => {
                     self.with(group, |r| r.parked.fetched(gone));
                     self.advance(group)?;
@@ -270,12 +280,12 @@ impl<D: Disk> Core<D> {
                 None => {}
             },
             Input::PageFetched { fetch, page } => {
-                if let Some(Fetch::Install(group)) = self.fetches.remove(&fetch) {
+                if let Some(Fetch::Install(group)) = self.take_fetch(fetch) {
                     self.page(group, page)?;
                     self.advance(group)?;
                 }
             }
-            Input::FetchFailed { fetch } => match self.fetches.remove(&fetch) {
+            Input::FetchFailed { fetch } => match self.take_fetch(fetch) {
                 Some(Fetch::Parked(group)) => self.with(group, |r| r.parked.failed()),
                 Some(Fetch::Install(group)) => {
                     self.with(group, |r| r.install.iter_mut().for_each(Install::failed));
@@ -385,7 +395,10 @@ impl<D: Disk> Core<D> {
                 let Some(replica) = self.groups.get_mut(&number) else {
                     return Ok(());
                 };
-                replica.lonely = 0;
+                // What others refuse it says nothing of: one that was removed asks for votes, and is answered, for ever.
+                if is_from_leader(&message) {
+                    replica.lonely = 0;
+                }
                 // A replica that knows no members has no vote: one that was deleted and made again, its log forgotten, could
                 // otherwise help members of long ago to a quorum.
                 let asks_for_vote = matches!(
@@ -443,22 +456,27 @@ impl<D: Disk> Core<D> {
 
     /// Makes an empty replica where a leader wants one here.
     fn create(&mut self, number: u32, message: &Message) -> Result<bool, CoreError> {
-        let from_leader = matches!(
-            message.msg_type(),
-            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
-        );
         let unwanted = self
             .targets
             .get(&number)
             .is_some_and(|t| !t.voters.is_empty() && !t.has(self.cfg.node));
-        if !from_leader || unwanted {
+        if !is_from_leader(message) || unwanted {
             return Ok(false);
         }
-        let op = DiskOp::Conf {
-            group: number,
-            conf: ConfState::default(),
-        };
-        match self.disk.write(&[op], false) {
+        // Term and vote outlived the replica that was here before; what it knew to be committed went with its log.
+        let mut hard = self.disk.load(number)?.hard;
+        hard.commit = 0;
+        let ops = [
+            DiskOp::Hard {
+                group: number,
+                hard,
+            },
+            DiskOp::Conf {
+                group: number,
+                conf: ConfState::default(),
+            },
+        ];
+        match self.disk.write(&ops, false) {
             Ok(()) => {}
             Err(DiskError::Full(_)) => return Ok(false),
             Err(e) => return Err(e.into()),
@@ -490,11 +508,11 @@ impl<D: Disk> Core<D> {
             group: number,
             leader: None,
         };
-        for (token, _) in self.proposals.extract_if(|_, of| *of == number) {
+        for token in waiting(&mut self.proposals, number) {
             let result = Err(why.clone());
             self.actions.push_back(Action::Answer { token, result });
         }
-        for (token, _) in self.reads.extract_if(|_, of| *of == number) {
+        for token in waiting(&mut self.reads, number) {
             let result = Err(why.clone());
             self.actions.push_back(Action::ReadReady { token, result });
         }
@@ -572,6 +590,19 @@ impl<D: Disk> Core<D> {
         for to in asked.into_iter().filter(|id| *id != me) {
             self.post(to, number, Body::Member { last });
         }
+    }
+
+    /// What an answered fetch was for; none where that is not waited for any more: another snapshot took the place of the one it was
+    /// for, or the group went and came again. A page of one view must never pass for one of another.
+    fn take_fetch(&mut self, fetch: u64) -> Option<Fetch> {
+        let what = self.fetches.remove(&fetch)?;
+        let (Fetch::Parked(group) | Fetch::Install(group)) = what;
+        let replica = self.groups.get(&group)?;
+        let awaited = match what {
+            Fetch::Parked(_) => replica.parked.fetch,
+            Fetch::Install(_) => replica.install.as_ref()?.fetch,
+        };
+        (awaited == Some(fetch)).then_some(what)
     }
 
     fn fetch(&mut self, what: Fetch) -> u64 {
@@ -659,6 +690,24 @@ impl<D: Disk> Core<D> {
         }
         Ok(())
     }
+}
+
+/// Whether only a leader sends this.
+fn is_from_leader(message: &Message) -> bool {
+    matches!(
+        message.msg_type(),
+        MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
+    )
+}
+
+/// Takes out those that wait for a group, in the order of their tokens.
+pub(crate) fn waiting(all: &mut BTreeMap<u64, u32>, group: u32) -> Vec<u64> {
+    let of_group = all.iter().filter(|(_, of)| **of == group);
+    let tokens: Vec<u64> = of_group.map(|(token, _)| *token).collect();
+    for token in &tokens {
+        all.remove(token);
+    }
+    tokens
 }
 
 /// Whether a node belongs to a group in any way.

@@ -9,6 +9,7 @@ use prost::Message as _;
 use raft::eraftpb::{Entry, Message};
 use tidepool_proto::ChunkName;
 use tidepool_proto::wire::split_names;
+use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::{Command, op};
 
 use crate::disk::{Disk, DiskError};
@@ -40,8 +41,6 @@ struct Waiting {
     message: Message,
     /// All that its entries bring: their bodies must stay while this waits.
     names: Vec<ChunkName>,
-    /// Those that were not seen to be there yet.
-    open: Vec<ChunkName>,
     bytes: usize,
 }
 
@@ -68,6 +67,8 @@ pub(crate) struct Parked {
     gone: BTreeSet<ChunkName>,
     pub(crate) fetch: Option<u64>,
     pub(crate) wait: u32,
+    /// How many bodies were missing when they were last asked for.
+    asked: usize,
 }
 
 impl Parked {
@@ -82,7 +83,6 @@ impl Parked {
         self.queue.push_back(Waiting {
             from,
             message,
-            open: names.clone(),
             names,
             bytes,
         });
@@ -95,26 +95,38 @@ impl Parked {
 
     /// What comes next.
     pub(crate) fn next<D: Disk>(&mut self, disk: &D) -> Result<Next, DiskError> {
-        if self.fetch.is_some() || self.wait > 0 {
+        let hasty = is_armed(Bug::AppendBeforeBodies)
+            && self.queue.front().is_some_and(|w| w.names.is_empty());
+        if (self.fetch.is_some() || self.wait > 0) && !hasty {
             return Ok(Next::Wait);
         }
         let Some(first) = self.queue.front_mut() else {
             return Ok(Next::Wait);
         };
         let mut missing = Vec::new();
-        for name in &first.open {
+        for name in &first.names {
             if !self.gone.contains(name) && !disk.has_body(name)? {
                 missing.push(*name);
             }
         }
-        first.open.clone_from(&missing);
         if missing.is_empty() {
             self.gone.clear();
+            self.asked = 0;
             let Some(first) = self.queue.pop_front() else {
                 return Ok(Next::Wait);
             };
             self.bytes -= first.bytes;
             return Ok(Next::Step(Box::new(first.message)));
+        }
+        // Nothing came: asking again at once would go on as fast as the network can, and what is behind would wait for ever for a
+        // sender that has not got it.
+        if missing.len() == self.asked {
+            self.failed();
+            return Ok(Next::Wait);
+        }
+        self.asked = missing.len();
+        if is_armed(Bug::AppendBeforeBodies) {
+            first.names.clear();
         }
         missing.truncate(FETCH_NAMES);
         Ok(Next::Fetch {
@@ -133,6 +145,7 @@ impl Parked {
     /// The fetch failed.
     pub(crate) fn failed(&mut self) {
         self.fetch = None;
+        self.asked = 0;
         self.wait = RETRY_TICKS;
         // The leader may have changed or died: what it sent is worth nothing if it cannot be completed.
         if let Some(first) = self.queue.pop_front() {

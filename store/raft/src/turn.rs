@@ -3,13 +3,14 @@
 use prost::Message as _;
 use raft::eraftpb::Message;
 use tidepool_proto::{ChunkName, ErrorKind};
+use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::{Command, Group as Kind, META_GROUP, Outcome, Refusal, Reply, apply};
 
 use crate::api::{Action, CoreError, Rejection};
 use crate::disk::{Disk, DiskError, DiskOp};
 use crate::envelope::Body;
 use crate::group::Committed;
-use crate::machine::Core;
+use crate::machine::{Core, waiting};
 use crate::view::StateView;
 
 type Answers = Vec<(u64, Result<Reply, Refusal>)>;
@@ -49,7 +50,8 @@ impl<D: Disk> Core<D> {
                 },
             };
             if !pending.ops.is_empty() {
-                match self.disk.write(&pending.ops, pending.sync) {
+                let sync = pending.sync && !is_armed(Bug::AckBeforeFsync);
+                match self.disk.write(&pending.ops, sync) {
                     Ok(()) => {}
                     Err(DiskError::Full(_)) => {
                         self.pending = Some(pending);
@@ -93,6 +95,7 @@ impl<D: Disk> Core<D> {
             // A conflicting suffix that was longer than what replaces it.
             if let Some(end) = persist.entries.last()
                 && last > end.index
+                && !is_armed(Bug::ForgetTruncation)
             {
                 ops.push(DiskOp::DropEntries {
                     group,
@@ -234,7 +237,10 @@ impl<D: Disk> Core<D> {
     /// fetched nothing is deleted: its state may have what this one loses. What stays for nothing is left to a scrub.
     fn sweep(&mut self, swept: Vec<(u32, Vec<ChunkName>)>) -> Result<(), CoreError> {
         for (group, names) in swept {
-            let free = self.unneeded(group, &names);
+            let mut free = self.unneeded(group, &names);
+            if is_armed(Bug::SweepNamed) {
+                free = names;
+            }
             self.disk.delete_bodies(group, &free)?;
         }
         Ok(())
@@ -260,7 +266,7 @@ impl<D: Disk> Core<D> {
             }
             if !replica.group.is_leader() {
                 // Whether these are committed the next leader decides; sent again they do no harm.
-                for (token, _) in self.proposals.extract_if(|_, of| *of == *number) {
+                for token in waiting(&mut self.proposals, *number) {
                     let result = Err(again());
                     self.actions.push_back(Action::Answer { token, result });
                 }

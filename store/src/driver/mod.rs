@@ -290,4 +290,3 @@ impl<N: Net + 'static> Driver<N> {
         *statuses.write().unwrap_or_else(PoisonError::into_inner) = list;
     }
 }
-

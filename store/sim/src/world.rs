@@ -11,7 +11,7 @@ use std::task::{Context, Waker};
 
 use tidepool_proto::cluster::NodeState;
 use tidepool_store_core::{ClusterState, META_GROUP, NodeRecord, ShardMap, Write, keys};
-use tidepool_store_raft::{Core, Disk, DiskOp, FIRST, LogBounds, TICK_MS, bootstrap};
+use tidepool_store_raft::{Disk, DiskOp, FIRST, LogBounds, TICK_MS, bootstrap};
 
 use crate::check::{Checker, Stats};
 use crate::client::{self, Ctx, Directory, Effect, Shared, Task};

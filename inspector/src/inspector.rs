@@ -265,6 +265,7 @@ impl Inspector {
                 seen,
                 mapped: true,
                 anchor: None,
+                ipc: None,
                 logged: seen.logged,
                 events: seen.events - seen.events_lost,
                 pending: Pending::new(epoch + 1, first),
@@ -306,6 +307,11 @@ impl Inspector {
     /// [`InspectorError::UnknownSlot`], or a failed call into the kernel.
     pub fn tasks(&self, slot: SandboxSlot) -> Result<TaskTable, InspectorError> {
         self.lock().tasks(slot)
+    }
+
+    /// Whether System V objects exist in the sandbox, whose first process is `init`.
+    pub(crate) fn ipc_in_use(&self, slot: SandboxSlot, init: u32) -> Result<bool, InspectorError> {
+        self.lock().ipc_in_use(slot, init)
     }
 
     /// How many readings of tasks had no need to look at others. Only for tests.

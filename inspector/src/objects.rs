@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use crate::procfs::read_whole;
 use crate::surroundings::{bounded, gone};
 
 /// Descriptors looked at of one process.
@@ -58,7 +59,7 @@ pub(crate) fn of_process(
 
 /// What others can change of a process that does not run.
 fn itself(pid: u32) -> io::Result<String> {
-    let read = |name: &str| fs::read(format!("/proc/{pid}/{name}"));
+    let read = |name: &str| read_whole(format!("/proc/{pid}/{name}"));
     let (stat, status) = (read("stat")?, read("status")?);
     let stat = String::from_utf8_lossy(&stat);
     let fields: Vec<&str> = stat
@@ -97,7 +98,8 @@ fn descriptor(
     connections: &mut Connections,
 ) -> io::Result<(String, String)> {
     let link = fs::read_link(format!("/proc/{pid}/fd/{fd}"))?;
-    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let info = read_whole(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let info = String::from_utf8_lossy(&info);
     let name = bounded(link.to_string_lossy().into_owned());
     // Position and flags are of the open file, which another process may share. What else there is depends on the kind; times pass by themselves.
     let lines = [

@@ -8,6 +8,7 @@ use crate::cells::Place;
 use crate::effects::{Effects, Mark, SandboxSlot};
 use crate::error::InspectorError;
 use crate::load::{Anchor, Hooks};
+use crate::memory::IpcLists;
 use crate::pending::{Bounds, Pending};
 use crate::probes::ProbeSet;
 use crate::raw::Counters;
@@ -44,6 +45,8 @@ pub(crate) struct Registered {
     pub(crate) blind: Option<String>,
     /// By which its tasks are found without a look at all others; none before they were read once in that way.
     pub(crate) anchor: Option<Anchor>,
+    /// Its System V objects; none before they were looked at.
+    pub(crate) ipc: Option<IpcLists>,
     /// Counters at the last reading.
     pub(crate) seen: Counters,
     /// The `syscalls` set: whether anything was mapped shared at the last reading.
@@ -123,6 +126,29 @@ impl State {
         tasks.sort_unstable_by_key(|t| t.tid);
         let tasks = tasks.into_iter().map(TaskInfo::from).collect();
         Ok(TaskTable { tasks })
+    }
+
+    /// Whether System V objects exist in the sandbox with this first process.
+    pub(crate) fn ipc_in_use(
+        &mut self,
+        slot: SandboxSlot,
+        init: u32,
+    ) -> Result<bool, InspectorError> {
+        let registered = self
+            .registered
+            .get_mut(&slot.0)
+            .ok_or(InspectorError::UnknownSlot(slot))?;
+        let mut look = || {
+            let lists = match registered.ipc.take() {
+                Some(lists) if lists.are_of(init)? => lists,
+                _ => IpcLists::open(init)?,
+            };
+            registered.ipc.insert(lists).in_use()
+        };
+        look().map_err(|source| InspectorError::Kernel {
+            what: "the sandbox's IPC objects cannot be listed",
+            source,
+        })
     }
 
     pub(crate) fn take(&mut self, slot: SandboxSlot) -> Result<Effects, InspectorError> {

@@ -12,12 +12,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::memory::unescape;
 use crate::objects::{self, Connections};
+use crate::procfs::read_whole;
 
 /// Longest entry kept, in bytes.
 const MAX_TEXT: usize = 512;
@@ -173,7 +173,7 @@ fn namespaces(pid: u32) -> io::Result<BTreeMap<String, String>> {
 
 /// The mount table without the numbers that differ from one reading to the next.
 fn mounts(pid: u32) -> io::Result<BTreeSet<String>> {
-    let text = fs::read(format!("/proc/{pid}/mountinfo"))?;
+    let text = read_whole(format!("/proc/{pid}/mountinfo"))?;
     let lines = text.split(|b| *b == b'\n').filter(|l| !l.is_empty());
     let mut counts = BTreeMap::new();
     for mount in lines.filter_map(mount).map(bounded) {
@@ -212,10 +212,10 @@ fn mount(line: &[u8]) -> Option<String> {
 
 /// Interfaces, addresses and routes of a process's network namespace. Link-local ones come and go by themselves and are left out.
 fn network(pid: u32) -> io::Result<BTreeSet<String>> {
-    let read = |name: &str| match fs::read_to_string(format!("/proc/{pid}/net/{name}")) {
+    let read = |name: &str| match read_whole(format!("/proc/{pid}/net/{name}")) {
         // No such protocol here.
         Err(e) if gone(&e) && name != "dev" => Ok(String::new()),
-        other => other,
+        other => other.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
     };
     let mut found = BTreeSet::new();
     for line in read("dev")?.lines().skip(2) {
@@ -272,6 +272,7 @@ fn to_outside(connections: &Connections) -> BTreeSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     #[test]
     fn mounts_lose_their_numbers_only() {

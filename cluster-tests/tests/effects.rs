@@ -153,7 +153,8 @@ fn a_set_that_cannot_be_loaded_is_refused_and_fallen_back_from() {
 #[test]
 fn what_happens_to_a_process_that_does_not_run_is_seen() {
     let host = TestHost::new();
-    host.create("a");
+    let created = host.create("a");
+    let id = created["id"].as_str().expect("an id");
     start_sleeper(&host);
     // It sleeps on, also after it was dumped: nothing is asked for.
     for _ in 0..3 {
@@ -182,6 +183,29 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
         );
         turn(&host, "true", &["clean"]);
     }
+    // Stopped it is dumped once, as stopped, and asks for nothing more.
+    let state =
+        |state: &str| format!("read -r a b s c < /proc/$(cat /root/ready)/stat; [ $s = {state} ]");
+    turn(
+        &host,
+        "kill -STOP $(cat /root/ready)",
+        &["processes", "full"],
+    );
+    for _ in 0..3 {
+        turn(&host, &state("T"), &["clean"]);
+    }
+    host.kill_sandbox(id);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let restored = host.cli(["restore", "a"]).json();
+    assert_eq!(restored["processes_restored"], 1, "{restored}");
+    host.exec("a", &state("T"));
+    turn(&host, &state("T"), &["clean"]);
+    turn(
+        &host,
+        "kill -CONT $(cat /root/ready)",
+        &["processes", "full"],
+    );
+    turn(&host, &state("S"), &["clean"]);
     turn(
         &host,
         "kill -9 $(cat /root/ready); sleep 0.1",

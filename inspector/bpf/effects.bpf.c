@@ -110,22 +110,30 @@ int tp_exit(u64 *ctx)
 
 // ---- which tasks ran ----------------------------------------------------------------------------------
 
+// The sandbox a task is of, where it is the one that is asked about.
+static __always_inline struct sandbox *asked_about(struct task_struct *task, u32 *level)
+{
+	struct sandbox *sandbox;
+	u32 zero = 0;
+	u32 *wanted;
+
+	sandbox = sandbox_of(task, level);
+	if (!sandbox)
+		return 0;
+	wanted = bpf_map_lookup_elem(&WANTED, &zero);
+	if (!wanted || *wanted != sandbox->slot)
+		return 0;
+	return sandbox;
+}
+
 SEC("iter/task")
 int iter_tasks(struct bpf_iter__task *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct task_record record = {};
-	struct sandbox *sandbox;
-	u32 zero = 0, level = 0;
-	u32 *wanted;
+	u32 level = 0;
 
-	if (!task)
-		return 0;
-	sandbox = sandbox_of(task, &level);
-	if (!sandbox)
-		return 0;
-	wanted = bpf_map_lookup_elem(&WANTED, &zero);
-	if (!wanted || *wanted != sandbox->slot)
+	if (!task || !asked_about(task, &level))
 		return 0;
 
 	record.tid = task->pid;
@@ -147,6 +155,7 @@ int iter_tasks(struct bpf_iter__task *ctx)
 		record.pcount = task->sched_info.pcount;
 	BPF_CORE_READ_INTO(&record.comm, task, comm);
 	record.state = task->__state;
+	record.stopping = (task->signal->shared_pending.signal.sig[0] & STOP_SIGNALS) != 0;
 	if (bpf_core_field_exists(((struct pt_regs *)0)->orig_ax)) {
 		struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
 
@@ -165,6 +174,8 @@ int iter_tasks(struct bpf_iter__task *ctx)
 	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
 	return 0;
 }
+
+#include "members.h"
 
 // ---- what tasks do after a thaw -----------------------------------------------------------------------
 //

@@ -23,8 +23,29 @@ struct ns_common {
 	unsigned int inum;
 };
 
+struct xarray {
+	void *xa_head;
+};
+
+struct xa_node {
+	void *slots[64];
+};
+
+struct idr {
+	struct xarray idr_rt;
+};
+
 struct pid_namespace {
 	struct ns_common ns;
+	struct idr idr;
+};
+
+struct hlist_node {
+	struct hlist_node *next;
+};
+
+struct hlist_head {
+	struct hlist_node *first;
 };
 
 struct upid {
@@ -34,6 +55,7 @@ struct upid {
 
 struct pid {
 	unsigned int level;
+	struct hlist_head tasks[4];
 	struct upid numbers[1];
 };
 
@@ -67,8 +89,22 @@ struct files_struct {
 	struct fdtable *fdt;
 };
 
+struct sigset {
+	unsigned long sig[1];
+};
+
+struct sigpending {
+	struct sigset signal;
+};
+
+struct signal_struct {
+	struct sigpending shared_pending;
+};
+
 struct task_struct {
 	struct files_struct *files;
+	struct signal_struct *signal;
+	struct hlist_node pid_links[4];
 	struct thread_info thread_info;
 	unsigned int __state;
 	unsigned int flags;
@@ -130,6 +166,9 @@ struct bpf_iter__task {
 #pragma clang attribute pop
 
 #define PF_KTHREAD 0x00200000
+
+// SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, as bits of a set.
+#define STOP_SIGNALS 0x3c0000ul
 
 // On x86-64: the code segment of 64-bit code, and a task in a system call with 32-bit numbers.
 #define USER_CS_64 0x33

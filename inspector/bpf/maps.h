@@ -34,6 +34,14 @@ struct {
 	__type(value, u32);
 } WANTED SEC(".maps");
 
+// The walk of `iter_members`; only one reading is made at a time.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct walk);
+} WALK SEC(".maps");
+
 // Slot -> its watch, for as long as there is one.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -83,8 +83,27 @@ struct task_record {
 	u64 si;
 	u64 dx;
 	u64 r10;
+	u64 stopping; // a signal that stops its process waits for it
 };
-_Static_assert(sizeof(struct task_record) == 152, "mirrored in raw.rs");
+_Static_assert(sizeof(struct task_record) == 160, "mirrored in raw.rs");
+
+// Tasks that one reading by `iter_members` can have: they fit into the kernel's buffer for one answer (32 KiB).
+#define MEMBERS 192 // mirrored in raw.rs
+
+// Levels of the kernel's table of process numbers, 64 entries a node, that are gone down: 2^24 numbers, more than there can be.
+#define LEVELS 4
+#define SLOTS 64
+
+// Where a walk through that table is.
+struct walk {
+	u64 slots[LEVELS][SLOTS]; // of the node at each level
+	u32 at[LEVELS];           // the next of them
+	u32 depth;
+	u32 level; // of the pid namespace
+	u32 count; // tasks found
+	u32 done;  // to the end
+	struct task_record found[MEMBERS];
+};
 
 // A sandbox under watch at a thaw.
 struct watch {

@@ -55,6 +55,9 @@ pub struct InspectorOptions {
     /// Use the form of the programs for kernels on which the better one cannot be loaded. Only for tests.
     #[doc(hidden)]
     pub plainest_form: bool,
+    /// Look for the tasks of a sandbox among all tasks of the host. Only for tests.
+    #[doc(hidden)]
+    pub whole_readings: bool,
     /// Tracepoints on files that are not attached to. Only for tests that show what each is needed for: changes are missed.
     #[doc(hidden)]
     pub leave_out: &'static [&'static str],
@@ -70,6 +73,7 @@ impl Default for InspectorOptions {
             max_process_events: 131_072,
             max_watched_tasks: 65_536,
             plainest_form: false,
+            whole_readings: false,
             leave_out: &[],
         }
     }
@@ -160,6 +164,7 @@ impl Inspector {
             max_sandboxes: options.max_sandboxes.clamp(1, MOST),
             own_pid_ns: crate::pid_ns_inode(std::process::id()).ok(),
             next_slot: 1,
+            quick_readings: 0,
             registered: HashMap::new(),
             misses,
         };
@@ -259,6 +264,8 @@ impl Inspector {
                 blind,
                 seen,
                 mapped: true,
+                anchor: None,
+                ipc: None,
                 logged: seen.logged,
                 events: seen.events - seen.events_lost,
                 pending: Pending::new(epoch + 1, first),
@@ -300,6 +307,18 @@ impl Inspector {
     /// [`InspectorError::UnknownSlot`], or a failed call into the kernel.
     pub fn tasks(&self, slot: SandboxSlot) -> Result<TaskTable, InspectorError> {
         self.lock().tasks(slot)
+    }
+
+    /// Whether System V objects exist in the sandbox, whose first process is `init`.
+    pub(crate) fn ipc_in_use(&self, slot: SandboxSlot, init: u32) -> Result<bool, InspectorError> {
+        self.lock().ipc_in_use(slot, init)
+    }
+
+    /// How many readings of tasks had no need to look at others. Only for tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn quick_readings(&self) -> u64 {
+        self.lock().quick_readings
     }
 
     /// Whether anything happened in the sandbox since an earlier pair of readings; takes nothing.
@@ -357,7 +376,7 @@ pub(crate) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 /// An error with its causes, as one sentence.
-fn chain(e: &dyn std::error::Error) -> String {
+pub(crate) fn chain(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut next = e.source();
     while let Some(e) = next {

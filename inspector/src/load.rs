@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::error::Error;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
 use aya::programs::{Iter, Program, ProgramError, RawTracePoint};
@@ -15,6 +15,7 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use crate::calls::{Calls, TaskCalls};
 use crate::cells::Cells;
 use crate::error::InspectorError;
+use crate::inspector::chain;
 use crate::probes::ProbeSet;
 use crate::programs::{Object, objects};
 use crate::raw::{self, Event, Task};
@@ -32,6 +33,8 @@ const WATCH_HOOKS: [(&str, &str); 2] = [
     ("tp_signal", "signal_deliver"),
 ];
 const ITERATOR: &str = "iter_tasks";
+/// See `bpf/members.h`.
+const MEMBERS: &str = "iter_members";
 
 /// More tasks than any pids limit allows one sandbox.
 const MAX_TASKS: u64 = 1 << 18;
@@ -52,7 +55,12 @@ pub(crate) struct Hooks {
     log: RingBuf<MapData>,
     events: RingBuf<MapData>,
     calls: Calls,
+    /// Whether [`Hooks::anchor`] can be used.
+    quick: bool,
 }
+
+/// A task of a sandbox, from which the others are found.
+pub(crate) struct Anchor(OwnedFd);
 
 impl Hooks {
     /// Loads the programs of a probe set.
@@ -124,6 +132,13 @@ impl Hooks {
             )
         })?;
 
+        // Nothing depends on it but time.
+        let members: &mut Iter = program(&mut ebpf, MEMBERS)?;
+        let quick = members.load("task", &btf).inspect_err(|e| {
+            tracing::info!(error = %chain(e), "the tasks of a sandbox are found among all tasks");
+        });
+        let quick = quick.is_ok() && !options.whole_readings;
+
         let Map::Array(sandboxes) = map(&mut ebpf, "SANDBOXES")? else {
             return Err(InspectorError::Object("an array named SANDBOXES".into()));
         };
@@ -140,6 +155,7 @@ impl Hooks {
                 HashMap::try_from(map(&mut ebpf, "CALLS")?).map_err(wrong)?,
             ),
             links: Vec::new(),
+            quick,
             hooks,
             object,
             ebpf,
@@ -254,6 +270,30 @@ impl Hooks {
     /// How often a hook of a watch was skipped by the kernel since load.
     pub(crate) fn watch_misses(&self) -> Result<u64, InspectorError> {
         self.misses_of(&WATCH_HOOKS)
+    }
+
+    /// What [`Self::members`] needs, from a reading of all tasks. None where that is not to be had, or would not help.
+    pub(crate) fn anchor(&self, tasks: &[Task]) -> Option<Anchor> {
+        if !self.quick || tasks.len() > raw::MEMBERS {
+            return None;
+        }
+        let living = || tasks.iter().filter(|t| t.exit_state == 0);
+        // The first process lives longest.
+        let first = living()
+            .find(|t| t.ns_tid == 1)
+            .or_else(|| living().next())?;
+        let fd = self.ebpf.program(MEMBERS)?.fd().ok()?;
+        sys::link_to_task(fd.as_fd(), first.tid).ok().map(Anchor)
+    }
+
+    /// All tasks of one sandbox, without registers and signals, by one of them; costs nothing for the tasks of others. None where they have to be read by [`Self::tasks`].
+    pub(crate) fn members(&mut self, slot: u32, anchor: &Anchor) -> Option<Vec<Task>> {
+        self.wanted.set(0, slot, 0).ok()?;
+        let mut bytes = vec![0; raw::MEMBERS * raw::TASK];
+        // All is in one answer, or none of it.
+        let got = sys::iterate(anchor.0.as_fd()).ok()?.read(&mut bytes).ok()?;
+        let tasks = bytes.get(..got).filter(|b| !b.is_empty())?;
+        tasks.chunks(raw::TASK).map(Task::decode).collect()
     }
 
     /// All tasks of one sandbox.

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::memory::{MemoryFiles, ipc_in_use};
+use crate::memory::MemoryFiles;
 use crate::{
     FileEffects, Inspector, InspectorError, Mark, ProbeSet, RanBecause, SandboxSlot, Surroundings,
     TaskTable,
@@ -89,10 +89,7 @@ pub fn look(
     let tasks = inspector.tasks(slot)?;
     let effects = inspector.take(slot)?;
     let memory = MemoryFiles::read(init);
-    let ipc = ipc_in_use(init).map_err(|source| InspectorError::Kernel {
-        what: "the sandbox's IPC objects cannot be listed",
-        source,
-    })?;
+    let ipc = inspector.ipc_in_use(slot, init)?;
     let around = Surroundings::read(init, &living(&tasks, init));
     // Where there are no events at all the tables have to do, and they can: events only add what came and went in between.
     let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;

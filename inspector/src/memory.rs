@@ -8,7 +8,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
+
+use crate::procfs::{read_whole, whole};
 
 /// Entries looked at in one sandbox's memory-backed file systems before giving up on telling.
 const MAX_ENTRIES: u64 = 50_000;
@@ -203,7 +205,7 @@ impl Walk {
 
 /// Mount points of tmpfs, and of message queues (true), as the sandbox sees them.
 fn memory_mounts(init_pid: u32) -> io::Result<Vec<(PathBuf, bool)>> {
-    let info = fs::read(format!("/proc/{init_pid}/mountinfo"))?;
+    let info = read_whole(format!("/proc/{init_pid}/mountinfo"))?;
     let mut mounts = Vec::new();
     for line in info.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
@@ -249,31 +251,63 @@ pub(crate) fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
+/// The kernel's lists of System V objects in one IPC namespace. They show that of whoever opened them, and entering one takes the kernel some milliseconds: so they stay open.
+#[derive(Debug)]
+pub(crate) struct IpcLists {
+    namespace: PathBuf,
+    lists: [fs::File; 3],
+}
+
+impl IpcLists {
+    /// Opens those of a sandbox.
+    pub(crate) fn open(init_pid: u32) -> io::Result<Self> {
+        let namespace = Self::namespace(init_pid)?;
+        let ns = fs::File::open(format!("/proc/{init_pid}/ns/ipc"))?;
+        // A thread of its own: a thread of the pool must not stay in the sandbox's namespace.
+        let open = move || -> io::Result<[fs::File; 3]> {
+            move_into_link_name_space(
+                ns.as_fd(),
+                Some(LinkNameSpaceType::InterProcessCommunication),
+            )?;
+            let open = |kind: &str| fs::File::open(Path::new("/proc/sysvipc").join(kind));
+            Ok([open("shm")?, open("sem")?, open("msg")?])
+        };
+        let lists = std::thread::Builder::new()
+            .name("ipc-look".into())
+            .spawn(open)?
+            .join()
+            .map_err(|_| io::Error::other("the thread that looks at IPC objects panicked"))??;
+        Ok(Self { namespace, lists })
+    }
+
+    fn namespace(init_pid: u32) -> io::Result<PathBuf> {
+        fs::read_link(format!("/proc/{init_pid}/ns/ipc"))
+    }
+
+    /// Whether they are those of this sandbox. As long as they are open no other namespace has that name.
+    pub(crate) fn are_of(&self, init_pid: u32) -> io::Result<bool> {
+        Ok(Self::namespace(init_pid)? == self.namespace)
+    }
+
+    /// Whether there are any objects.
+    pub(crate) fn in_use(&self) -> io::Result<bool> {
+        for mut list in &self.lists {
+            list.rewind()?;
+            // A line of headings comes first.
+            if whole(list)?.iter().filter(|b| **b == b'\n').count() > 1 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
 /// Whether System V objects exist in the sandbox.
 ///
 /// # Errors
 /// If its namespace cannot be looked into.
 pub fn ipc_in_use(init_pid: u32) -> io::Result<bool> {
-    let ns = fs::File::open(format!("/proc/{init_pid}/ns/ipc"))?;
-    // A thread of its own: a thread of the pool must not stay in the sandbox's namespace.
-    let read = move || -> io::Result<bool> {
-        move_into_link_name_space(
-            ns.as_fd(),
-            Some(LinkNameSpaceType::InterProcessCommunication),
-        )?;
-        for kind in ["shm", "sem", "msg"] {
-            let text = fs::read_to_string(Path::new("/proc/sysvipc").join(kind))?;
-            if text.lines().count() > 1 {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    };
-    std::thread::Builder::new()
-        .name("ipc-look".into())
-        .spawn(read)?
-        .join()
-        .map_err(|_| io::Error::other("the thread that looks at IPC objects panicked"))?
+    IpcLists::open(init_pid)?.in_use()
 }
 
 #[cfg(test)]
@@ -320,7 +354,9 @@ mod tests {
         // SAFETY: plain system calls on an object of our own, removed below.
         let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 4096, 0o600) };
         assert!(id >= 0);
-        let seen = ipc_in_use(pid);
+        let lists = IpcLists::open(pid).unwrap();
+        assert!(lists.are_of(pid).unwrap());
+        let seen = ipc_in_use(pid).and_then(|seen| Ok(seen && lists.in_use()?));
         // SAFETY: as above.
         unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
         assert!(seen.unwrap());

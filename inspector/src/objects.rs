@@ -3,22 +3,33 @@
 //! Descriptors are duplicated into this process for a moment (`pidfd_getfd`) and asked; nothing is consumed. The states are texts, to be
 //! compared for equality and shown to people.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use crate::procfs::read_whole;
 use crate::surroundings::{bounded, gone};
 
 /// Descriptors looked at of one process.
 const MAX_DESCRIPTORS: usize = 4096;
 /// Bytes of a pipe's or a unix socket's contents looked at; a pipe has no more by default.
 const PEEK: usize = 64 << 10;
+/// The state of a connection that is neither begun nor ending.
+const TCP_ESTABLISHED: u8 = 1;
 
-/// Adds the objects of a process, by `process PID thing`.
-pub(crate) fn of_process(pid: u32, into: &mut BTreeMap<String, String>) -> io::Result<()> {
+/// The ends of connections, the own one first.
+pub(crate) type Connections = BTreeSet<(SocketAddr, SocketAddr)>;
+
+/// Adds the objects of a process, by `process PID thing`, and its established connections.
+pub(crate) fn of_process(
+    pid: u32,
+    into: &mut BTreeMap<String, String>,
+    connections: &mut Connections,
+) -> io::Result<()> {
     let who = format!("process {pid}");
     into.insert(who.clone(), itself(pid)?);
     let not = io::Error::from_raw_os_error(libc::ESRCH);
@@ -34,7 +45,7 @@ pub(crate) fn of_process(pid: u32, into: &mut BTreeMap<String, String>) -> io::R
         let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
             continue;
         };
-        match descriptor(pid, process.as_fd(), fd) {
+        match descriptor(pid, process.as_fd(), fd, connections) {
             Ok((what, state)) => {
                 into.insert(format!("{who} descriptor {fd} {what}"), state);
             }
@@ -48,7 +59,7 @@ pub(crate) fn of_process(pid: u32, into: &mut BTreeMap<String, String>) -> io::R
 
 /// What others can change of a process that does not run.
 fn itself(pid: u32) -> io::Result<String> {
-    let read = |name: &str| fs::read(format!("/proc/{pid}/{name}"));
+    let read = |name: &str| read_whole(format!("/proc/{pid}/{name}"));
     let (stat, status) = (read("stat")?, read("status")?);
     let stat = String::from_utf8_lossy(&stat);
     let fields: Vec<&str> = stat
@@ -80,9 +91,15 @@ fn itself(pid: u32) -> io::Result<String> {
     ))
 }
 
-fn descriptor(pid: u32, process: BorrowedFd<'_>, fd: i32) -> io::Result<(String, String)> {
+fn descriptor(
+    pid: u32,
+    process: BorrowedFd<'_>,
+    fd: i32,
+    connections: &mut Connections,
+) -> io::Result<(String, String)> {
     let link = fs::read_link(format!("/proc/{pid}/fd/{fd}"))?;
-    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let info = read_whole(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let info = String::from_utf8_lossy(&info);
     let name = bounded(link.to_string_lossy().into_owned());
     // Position and flags are of the open file, which another process may share. What else there is depends on the kind; times pass by themselves.
     let lines = [
@@ -102,7 +119,7 @@ fn descriptor(pid: u32, process: BorrowedFd<'_>, fd: i32) -> io::Result<(String,
         .join(" ");
     let copy = || pidfd_getfd(process, fd, PidfdGetfdFlags::empty()).map_err(io::Error::from);
     if name.starts_with("socket:[") {
-        state.push_str(&socket(&copy()?));
+        state.push_str(&socket(&copy()?, connections));
     } else if name.starts_with("anon_inode:inotify") {
         state.push_str(&format!(" waiting {}", waiting(&copy()?)));
     } else if name.starts_with("pipe:[") || !name.starts_with("anon_inode:") {
@@ -160,7 +177,7 @@ fn pipe(fd: &OwnedFd) -> io::Result<String> {
     Ok(format!(" holds {bytes} {}", &hash[..12]))
 }
 
-fn socket(fd: &OwnedFd) -> String {
+fn socket(fd: &OwnedFd, connections: &mut Connections) -> String {
     let mut state = format!(" waiting {}", waiting(fd));
     // Memory that what was received and is to be sent takes.
     let mut memory = [0u32; 9];
@@ -175,6 +192,9 @@ fn socket(fd: &OwnedFd) -> String {
             let mut info = [0u32; 64];
             if option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info) {
                 let first = info[0].to_ne_bytes()[0];
+                if first == TCP_ESTABLISHED {
+                    connections.extend(ends(fd));
+                }
                 state.push_str(&format!(
                     " tcp {first} unacknowledged {} received {} {} acknowledged {} {}",
                     info[6], info[32], info[33], info[30], info[31]
@@ -185,6 +205,14 @@ fn socket(fd: &OwnedFd) -> String {
         _ => {}
     }
     state
+}
+
+fn ends(fd: &OwnedFd) -> Option<(SocketAddr, SocketAddr)> {
+    let here = SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()?;
+    let there = SocketAddr::try_from(rustix::net::getpeername(fd).ok()??).ok()?;
+    // Addresses of version 4 in a socket of version 6 are what they are.
+    let plain = |at: SocketAddr| SocketAddr::new(at.ip().to_canonical(), at.port());
+    Some((plain(here), plain(there)))
 }
 
 /// Reads a socket option of plain words; words that the kernel has not stay as they are.
@@ -234,7 +262,7 @@ mod tests {
 
     fn own() -> BTreeMap<String, String> {
         let mut found = BTreeMap::new();
-        of_process(std::process::id(), &mut found).expect("readable");
+        of_process(std::process::id(), &mut found, &mut BTreeSet::new()).expect("readable");
         found
     }
 
@@ -278,8 +306,12 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let before = of(&listener);
         assert_eq!(before, of(&listener));
-        let _client = std::net::TcpStream::connect(listener.local_addr().expect("an address"));
+        let at = listener.local_addr().expect("an address");
+        let client = std::net::TcpStream::connect(at).expect("a connection");
         assert_ne!(before, of(&listener));
+        let mut connections = BTreeSet::new();
+        of_process(std::process::id(), &mut BTreeMap::new(), &mut connections).expect("readable");
+        assert!(connections.contains(&(client.local_addr().expect("an address"), at)));
     }
 
     #[test]

@@ -5,9 +5,10 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use crate::tasks::{TaskInfo, TaskTable};
 
@@ -45,6 +46,31 @@ pub fn tasks_from_proc(pid_ns_inode: u64) -> io::Result<TaskTable> {
     }
     tasks.sort_by_key(|t| t.tid);
     Ok(TaskTable { tasks })
+}
+
+/// A file of `/proc`, in as few calls as it takes: the standard library begins with very small ones, and a boundary reads dozens of files.
+pub(crate) fn read_whole(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    whole(&File::open(path)?)
+}
+
+/// The same of an open one, from where it stands.
+pub(crate) fn whole(mut file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 8 << 10];
+    let mut len = 0;
+    loop {
+        match file.read(&mut bytes[len..]) {
+            Ok(0) => {
+                bytes.truncate(len);
+                return Ok(bytes);
+            }
+            Ok(n) => len += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+        if len == bytes.len() {
+            bytes.resize(2 * len, 0);
+        }
+    }
 }
 
 /// The entries of a directory that are numbers.
@@ -96,7 +122,7 @@ fn belongs(pid: u32, pid_ns_inode: u64) -> bool {
 }
 
 fn task(pid: u32, tid: u32) -> io::Result<TaskInfo> {
-    let at = |name: &str| fs::read(format!("/proc/{pid}/task/{tid}/{name}"));
+    let at = |name: &str| read_whole(format!("/proc/{pid}/task/{tid}/{name}"));
     let (stat, status, schedstat) = (at("stat")?, at("status")?, at("schedstat")?);
     parse(pid, tid, &stat, &status, &schedstat)
         .ok_or_else(|| io::Error::other(format!("/proc/{pid}/task/{tid} cannot be understood")))

@@ -20,7 +20,9 @@ pub(crate) const DIRTY: usize = 24;
 /// Length of `struct event`.
 pub(crate) const EVENT: usize = 184;
 /// Length of `struct task_record`.
-pub(crate) const TASK: usize = 152;
+pub(crate) const TASK: usize = 160;
+/// Tasks that `iter_members` can answer.
+pub(crate) const MEMBERS: usize = 192;
 
 /// `struct dirty`: one entry of `LOG`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +107,8 @@ pub(crate) struct Task {
     pub(crate) comm: String,
     /// None where it is not in 64-bit code on x86-64.
     pub(crate) regs: Option<Registers>,
+    /// A signal that stops its process waits for it. Not read by `iter_members`, which reads no registers either.
+    pub(crate) stopping: bool,
 }
 
 /// A task's registers at its entry into the kernel, as they will be on its return.
@@ -141,7 +145,8 @@ impl Task {
             nivcsw: u64_at(bytes, 56)?,
             pcount: u64_at(bytes, 64)?,
             comm: text(bytes.get(72..88)?),
-            regs: Registers::decode(bytes.get(88..)?)?,
+            regs: Registers::decode(bytes.get(88..152)?)?,
+            stopping: u64_at(bytes, 152)? != 0,
         })
     }
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crate::cells::Place;
 use crate::effects::{Effects, Mark, SandboxSlot};
 use crate::error::InspectorError;
-use crate::load::Hooks;
+use crate::load::{Anchor, Hooks};
+use crate::memory::IpcLists;
 use crate::pending::{Bounds, Pending};
 use crate::probes::ProbeSet;
 use crate::raw::Counters;
@@ -28,6 +29,7 @@ pub(crate) struct State {
     pub(crate) max_sandboxes: u32,
     pub(crate) own_pid_ns: Option<u64>,
     pub(crate) next_slot: u32,
+    pub(crate) quick_readings: u64,
     pub(crate) registered: HashMap<u32, Registered>,
     /// Hooks skipped by the kernel, as last acted on: on files, on processes.
     pub(crate) misses: (u64, u64),
@@ -41,6 +43,10 @@ pub(crate) struct Registered {
     pub(crate) dev: u64,
     /// Why the hooks cannot see its filesystem, if they cannot.
     pub(crate) blind: Option<String>,
+    /// By which its tasks are found without a look at all others; none before they were read once in that way.
+    pub(crate) anchor: Option<Anchor>,
+    /// Its System V objects; none before they were looked at.
+    pub(crate) ipc: Option<IpcLists>,
     /// Counters at the last reading.
     pub(crate) seen: Counters,
     /// The `syscalls` set: whether anything was mapped shared at the last reading.
@@ -94,17 +100,55 @@ impl State {
     }
 
     pub(crate) fn tasks(&mut self, slot: SandboxSlot) -> Result<TaskTable, InspectorError> {
-        let pid_ns = self.get(slot)?.pid_ns;
+        let registered = self
+            .registered
+            .get_mut(&slot.0)
+            .ok_or(InspectorError::UnknownSlot(slot))?;
         let Some(hooks) = &mut self.hooks else {
-            let tasks = crate::tasks_from_proc(u64::from(pid_ns));
+            let tasks = crate::tasks_from_proc(u64::from(registered.pid_ns));
             return tasks.map_err(|source| InspectorError::Kernel {
                 what: "the tasks of a sandbox cannot be listed",
                 source,
             });
         };
-        let tasks = hooks.tasks(slot.0)?;
+        let anchor = registered.anchor.as_ref();
+        let mut tasks = match anchor.and_then(|a| hooks.members(slot.0, a)) {
+            Some(tasks) => {
+                self.quick_readings += 1;
+                tasks
+            }
+            None => {
+                let tasks = hooks.tasks(slot.0)?;
+                registered.anchor = hooks.anchor(&tasks);
+                tasks
+            }
+        };
+        tasks.sort_unstable_by_key(|t| t.tid);
         let tasks = tasks.into_iter().map(TaskInfo::from).collect();
         Ok(TaskTable { tasks })
+    }
+
+    /// Whether System V objects exist in the sandbox with this first process.
+    pub(crate) fn ipc_in_use(
+        &mut self,
+        slot: SandboxSlot,
+        init: u32,
+    ) -> Result<bool, InspectorError> {
+        let registered = self
+            .registered
+            .get_mut(&slot.0)
+            .ok_or(InspectorError::UnknownSlot(slot))?;
+        let mut look = || {
+            let lists = match registered.ipc.take() {
+                Some(lists) if lists.are_of(init)? => lists,
+                _ => IpcLists::open(init)?,
+            };
+            registered.ipc.insert(lists).in_use()
+        };
+        look().map_err(|source| InspectorError::Kernel {
+            what: "the sandbox's IPC objects cannot be listed",
+            source,
+        })
     }
 
     pub(crate) fn take(&mut self, slot: SandboxSlot) -> Result<Effects, InspectorError> {

@@ -13,7 +13,7 @@
 //!   (`ip`, behind the two bytes of the instruction), stack (`sp`), arguments and `nvcsw` at the entry. C only grows, so what it does not show had not happened at A.
 //!
 //! # Why a thread did not run
-//! A thread counts as not having run in four cases only. In all of them no signal was delivered to it, so that it goes on exactly where its registers say.
+//! A thread counts as not having run in five cases only. In all of them but the last no signal was delivered to it, so that it goes on exactly where its registers say.
 //!
 //! 1. *Its call was restarted.* After `-ERESTARTSYS` and its like the next instruction is the call itself: the kernel turns the instruction pointer back by two bytes, or CRIU has
 //!    done so already and put the number into `ax`. C shows one call, with that number (`restart_syscall` after `-ERESTART_RESTARTBLOCK`), from that place and stack, and A shows the thread asleep
@@ -26,6 +26,8 @@
 //! 3. *It did not move.* F shows it in a call that has no result yet (`-ENOSYS`; freezers can stop a thread in the midst of its sleep), or A shows it stopped by job control; it
 //!    entered no call, and its counters in A are those in F.
 //! 4. *It had ended* in F, and still waits to be reaped in A.
+//! 5. *It was stopped again.* CRIU takes a stopped thread out of its stop, and lets go of it with a signal that stops it anew: F shows that signal waiting, A the thread stopped, without a call
+//!    and with the registers that it had within one. Those of a thread that returned to user mode would be others, whatever brought it back.
 //!
 //! "Asleep" means: interruptibly, not on a CPU, nor queued for one, nor frozen; disk sleep ends by itself, so it is waited for. In 1 and 2 two more things are asked:
 //! - The call is on a short list ([`waits`]) of calls that do nothing before they have something to return. A `write` into a full pipe would also sleep in the same call, with
@@ -37,7 +39,7 @@
 //! - *User mode at the freeze* (`orig_ax` negative), or a call that was over by then (any other result): counts, even if the thread then rests in one call.
 //! - *Births and ends*: the threads of A must be those of F, by number and start. One that came and went between the two is in C; a C
 //!   that has no room for a thread is void. The parent's own call counts as well, unless the parent is the process left out: the sandbox's init, which starts what the host asks for.
-//! - *`vfork`, job control, tracers*: the waiting parent is in disk sleep, which no dump gets past; a stop or a continuation is a delivered signal; a tracer has to enter calls.
+//! - *`vfork`, job control, tracers*: the waiting parent is in disk sleep, which no dump gets past; a stop (but see 5) or a continuation is a delivered signal; a tracer has to enter calls.
 //! - *Timers*: one that fired before A left a delivered signal, a second call, or a second sleep.
 //! - *Page faults* that wait are disk sleep, or leave the thread outside of any call (`orig_ax` in A).
 //! - *Calls refused by seccomp* are not counted but have no effect, and the restart that has to come first is counted. (A supervisor outside of the sandbox that answers
@@ -234,6 +236,12 @@ fn thread(was: &Task, did: &TaskCalls, now: &Task) -> Said {
     }
     if was.running != 0 {
         return Said::Ran(ThawBecause::NotFrozen);
+    }
+    // Stopped before the dump, which had to let go of the stop and asked for it again; and that came before it was back in user mode.
+    let stopped = now.running == 0 && now.state & STOPPED != 0 && now.state & NOT_RESTING == 0;
+    let inside = was.regs.is_some_and(|r| r.orig_ax >= 0) && was.regs == now.regs;
+    if was.stopping && did.count == 0 && stopped && inside {
+        return Said::Rests;
     }
     if did.signals > 0 {
         return Said::Ran(ThawBecause::Signal);

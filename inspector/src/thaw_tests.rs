@@ -12,6 +12,7 @@ const NANOSLEEP: i64 = 35;
 const FUTEX: i64 = 202;
 const INIT: u32 = 1;
 
+#[derive(Debug)]
 struct Readings {
     was: Task,
     did: TaskCalls,
@@ -41,6 +42,7 @@ fn task(orig_ax: i64, ax: i64, ip: u64) -> Task {
             sp: STACK,
             ..Registers::default()
         }),
+        stopping: false,
     }
 }
 
@@ -337,4 +339,53 @@ fn one_that_ran_outweighs_those_that_wait() {
     let calls = HashMap::from([(7, a.did), (8, b.did)]);
     let thaw = judge(&[a.was, b.was], &calls, &[waiting, b.now], INIT);
     assert_eq!(out(thaw), ran(ThawBecause::Called));
+}
+
+/// Stopped in a call before the dump; let go with a stop that waits for it; stopped again.
+fn stopped() -> Readings {
+    let mut r = case(ACCEPT4, ERESTARTSYS, PLACE, ACCEPT4);
+    r.was.stopping = true;
+    r.now = Task {
+        state: STOPPED,
+        stopping: false,
+        nvcsw: 12,
+        ..r.was.clone()
+    };
+    r.did = TaskCalls {
+        signals: 1,
+        ..TaskCalls::default()
+    };
+    r
+}
+
+#[test]
+fn what_a_dump_stops_again_rests() {
+    assert_eq!(decide(&stopped()), Out::Rests);
+    for (change, because) in [
+        // It was not stopped when it was dumped.
+        (
+            (|r| r.was.stopping = false) as fn(&mut Readings),
+            ThawBecause::Signal,
+        ),
+        // It came as far as another call, or to another place.
+        (|r| r.did.count = 1, ThawBecause::Signal),
+        (
+            |r| r.now.regs = task(ACCEPT4, ERESTARTSYS, PLACE + 2).regs,
+            ThawBecause::Signal,
+        ),
+        // Between two readings of user mode anything may have been done.
+        (
+            |r| {
+                r.was.regs = task(-1, 0, PLACE).regs;
+                r.now.regs = r.was.regs;
+            },
+            ThawBecause::Signal,
+        ),
+        (|r| r.now.state = INTERRUPTIBLE, ThawBecause::Signal),
+        (|r| r.now.running = 1, ThawBecause::Signal),
+    ] {
+        let mut r = stopped();
+        change(&mut r);
+        assert_eq!(decide(&r), Out::Ran(vec![because]), "{r:?}");
+    }
 }

@@ -1,4 +1,4 @@
-//! The sandbox that workloads run in: own pid, mount and IPC namespaces, an overlay on ext4 as working directory, another over `/usr`.
+//! The sandbox that workloads run in: own pid, mount, network and IPC namespaces, an overlay on ext4 as working directory, another over `/usr`.
 //!
 //! Its first process obeys lines on its standard input, runs each in a child and answers with the processor time of that child and of all
 //! that it waited for. Everything is removed with it.
@@ -151,9 +151,9 @@ pub(crate) fn inside(dir: &Path) -> ExitCode {
 
 fn enter(dir: &Path) -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    let own = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
     // SAFETY: no pointers; this process has one thread.
-    let unshared =
-        unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC) };
+    let unshared = unsafe { libc::unshare(own) };
     ensure!(
         unshared == 0,
         "unshare: {}",

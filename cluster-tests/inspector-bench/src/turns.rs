@@ -1,8 +1,8 @@
 //! From a turn's boundary to its verdict, for turns that change nothing that lasts.
 //!
 //! A sandbox with an upper of 5,000 files and some resting processes. Three kinds of turn: nothing happens; a command only looks; a file
-//! is made and removed again, so that directories have to be read before the turn is known to be clean. The time is that of the readings that
-//! a boundary takes: tasks, effects, and where something was dirtied the capture of that.
+//! is made and removed again, so that directories have to be read before the turn is known to be clean. The time is that of what the daemon does at
+//! a boundary until it knows: [`look::look`], which is the daemon's own, and where something was dirtied the capture of that.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -11,7 +11,8 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use tidepool_fs::capture::{self, CaptureOptions};
 use tidepool_fs::{DirtyInode, NullSink, TreeIndex};
-use tidepool_inspector::{FileEffects, Inspector, InspectorOptions, SandboxSlot, TaskTable};
+use tidepool_inspector::look::{self, Baseline, Changed};
+use tidepool_inspector::{FileEffects, Inspector, InspectorOptions, SandboxSlot};
 use tidepool_proto::DomainKey;
 
 use crate::compare::round;
@@ -58,7 +59,7 @@ struct Watched<'a> {
     init: u32,
     upper: std::path::PathBuf,
     key: DomainKey,
-    tasks: TaskTable,
+    seen: Baseline,
     index: TreeIndex,
 }
 
@@ -90,9 +91,11 @@ pub(crate) fn verdicts(turns: u32) -> Result<Verdicts> {
         init: stage.init(),
         upper: stage.upper(),
         key,
-        tasks: inspector.tasks(slot)?,
+        seen: Baseline::default(),
         index: full.index,
     };
+    // The first look has nothing to compare with.
+    watched.boundary()?;
     let mut found = Verdicts::default();
     for _ in 0..turns {
         for (kind, line) in KINDS {
@@ -110,12 +113,18 @@ pub(crate) fn verdicts(turns: u32) -> Result<Verdicts> {
 impl Watched<'_> {
     /// Whether nothing changed.
     fn boundary(&mut self) -> Result<bool> {
-        let tasks = self.inspector.tasks(self.slot)?;
-        let effects = self.inspector.take(self.slot)?;
-        let ran = tasks.ran_since(&self.tasks);
-        let rested = ran.iter().all(|r| r.task.tgid == self.init);
-        self.tasks = tasks;
-        let FileEffects::Inodes(dirty) = effects.files else {
+        let look = look::look(self.inspector, self.slot, self.init, &self.seen)?;
+        let p = &look.processes;
+        let rested = (p.ran, p.born, p.exited, p.lost) == (Some(0), Some(0), Some(0), false)
+            && look.memory_changed == Changed::No
+            && look.differs.as_ref().is_some_and(Vec::is_empty);
+        self.seen = Baseline {
+            tasks: Some(look.tasks),
+            memory: Some(look.memory),
+            ipc: look.ipc,
+            around: Some(look.around),
+        };
+        let FileEffects::Inodes(dirty) = look.files else {
             return Ok(false);
         };
         if dirty.is_empty() {

@@ -84,6 +84,10 @@ const TESTS: &[Test] = &[
         processes::an_idle_sandbox_has_not_run,
     ),
     (
+        "tasks_are_the_same_in_both_ways",
+        processes::tasks_are_the_same_in_both_ways,
+    ),
+    (
         "a_busy_task_always_counts_as_run",
         processes::a_busy_task_always_counts_as_run,
     ),

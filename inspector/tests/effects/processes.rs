@@ -110,6 +110,43 @@ pub(crate) fn an_idle_sandbox_has_not_run() -> Result<()> {
     Ok(())
 }
 
+/// Both ways of reading tasks, while processes come and go; also where there are more than the quicker one can answer.
+pub(crate) fn tasks_are_the_same_in_both_ways() -> Result<()> {
+    for plainest_form in [false, true] {
+        let options = InspectorOptions {
+            plainest_form,
+            ..InspectorOptions::default()
+        };
+        let mut watched = Watched::start(&options)?;
+        let whole = Inspector::load(&InspectorOptions {
+            whole_readings: true,
+            ..options
+        })?;
+        let slot = whole.register(&watched.sandbox.target()?)?;
+        watched.sandbox.run("wait")?;
+        let stopped = watched.sandbox.hold("block")?;
+        watched.sandbox.run(&format!("stop {stopped}"))?;
+        for more in [0, 1, 50, 100, 100] {
+            for _ in 0..more {
+                watched.sandbox.hold("block")?;
+            }
+            let before = watched.inspector.quick_readings();
+            let quick = watched.settled()?;
+            let used = watched.inspector.quick_readings() - before;
+            let all = whole.tasks(slot)?;
+            ensure!(quick == all, "{more} more: {quick:?}\n{all:?}");
+            // The first reading finds where to begin.
+            ensure!(
+                (used > 0) == (all.tasks.len() <= 192),
+                "{more} more: {used} quick readings of {} tasks",
+                all.tasks.len()
+            );
+        }
+        ensure!(whole.quick_readings() == 0, "not all were read");
+    }
+    Ok(())
+}
+
 pub(crate) fn a_busy_task_always_counts_as_run() -> Result<()> {
     let mut watched = Watched::start(&InspectorOptions::default())?;
     watched.sandbox.send("spin")?;

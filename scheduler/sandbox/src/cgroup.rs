@@ -82,6 +82,11 @@ impl Hierarchies {
         }
     }
 
+    /// The directory of a cgroup where the version 1 freezer is what freezes it.
+    pub(crate) fn version_1_freezer(&self, cgroup: &str) -> Option<PathBuf> {
+        self.freezer_v1.as_ref().map(|mount| mount.join(cgroup))
+    }
+
     /// Freezes or thaws a cgroup and waits until it is so.
     pub(crate) fn set_frozen(&self, name: &str, cgroup: &str, frozen: bool) -> Result<()> {
         let freezer = self.freezer(cgroup)?;

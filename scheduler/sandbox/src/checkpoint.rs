@@ -9,6 +9,7 @@ use crate::error::{Context, Result, SandboxError, blocking};
 use crate::locks::{self, Lock};
 use crate::record::{Record, write_whole};
 use crate::runtime::{Created, Runtime, State, created_from};
+use crate::seizing::Seizing;
 use crate::tracing_stop::Stopped;
 use crate::{remaps, watches};
 use std::fs;
@@ -89,7 +90,9 @@ impl Runtime {
         let (work, log) = (dir.join("dump"), dir.join("checkpoint.log"));
         fresh_dir(&work)?;
         let _ = fs::remove_file(&log);
-        self.prepare_dump(record, &work.join(DUMP_LOG), images)
+        // Serves CRIU until the dump is over.
+        let _seizing = self
+            .prepare_dump(record, &work.join(DUMP_LOG), images)
             .await?;
         let mut command = self.runc(Some(&log));
         command
@@ -112,7 +115,12 @@ impl Runtime {
     }
 
     /// Looks at the processes and writes what CRIU has to know of them, and what it forgets.
-    async fn prepare_dump(&self, record: &Record, dump_log: &Path, images: &Path) -> Result<()> {
+    async fn prepare_dump(
+        &self,
+        record: &Record,
+        dump_log: &Path,
+        images: &Path,
+    ) -> Result<Option<Seizing>> {
         let (this, record, dump_log) = (self.clone(), record.clone(), dump_log.to_owned());
         let images = images.to_owned();
         blocking(move || {
@@ -126,7 +134,13 @@ impl Runtime {
             let script = dir.join("at-dump.sh");
             remaps::write_script(&script, &record.layers, &dump_log)?;
             config.push_str(&format!("action-script {}\n", script.display()));
-            write_whole(&dir.join("criu.conf"), config.as_bytes())
+            let seizing = match this.groups.version_1_freezer(&record.cgroup) {
+                Some(freezer) => Seizing::prepare(&freezer, dir.join("seizing"))?,
+                None => None,
+            };
+            config.extend(seizing.as_ref().map(Seizing::config));
+            write_whole(&dir.join("criu.conf"), config.as_bytes())?;
+            Ok(seizing)
         })
         .await
     }

@@ -29,6 +29,7 @@ mod record;
 mod remaps;
 mod runtime;
 mod seccomp;
+mod seizing;
 mod tracing_stop;
 mod watches;
 

@@ -429,3 +429,63 @@ async fn without_criu_everything_else_works() {
         Err(SandboxError::MissingRuntime { .. })
     ));
 }
+
+/// Two processes stopped by signals, one of them with threads and a lock, beside one that goes on.
+const STOPPED: &str = r#"cat > /tmp/threads.py <<'END'
+import fcntl, os, threading, time
+lock = open("/tmp/lock", "w"); fcntl.lockf(lock, fcntl.LOCK_EX)
+n = 0
+def count():
+    global n
+    while True:
+        n += 1; open("/tmp/count", "w").write(str(n)); time.sleep(0.01)
+threads = [threading.Thread(target=time.sleep, args=(1000,)) for _ in range(3)] + [threading.Thread(target=count)]
+for t in threads: t.start()
+END
+python3 /tmp/threads.py >/tmp/log 2>&1 & echo $! > /tmp/threads
+sleep 1000 & echo $! > /tmp/sleep
+sleep 1001 & echo $! > /tmp/goes-on
+for i in $(seq 200); do [ -s /tmp/count ] && break; sleep 0.05; done
+kill -STOP $(cat /tmp/threads) $(cat /tmp/sleep)"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_processes_stay_stopped() {
+    let host = Host::new().await;
+    let (name, client) = host.sandbox("stopped").await;
+    exec(&client, STOPPED).await;
+    let states = "for f in threads sleep goes-on; do cat /proc/$(cat /tmp/$f)/task/*/stat; done | while read -r a b state c; do echo -n \"$state \"; done";
+    let as_before = format!("[ \"$({states})\" = 'T T T T T T S ' ]");
+    eventually(&client, &as_before).await;
+    let images = host.dir.path().join("images-stopped");
+    // Twice: what CRIU has stopped again is stopped as before.
+    for round in ["first", "second"] {
+        let images = images.with_extension(round);
+        let dumped = host.runtime.checkpoint(&name, &images).await;
+        dumped.unwrap_or_else(|e| panic!("the {round}: {e:?}"));
+        eventually(&client, &as_before).await;
+    }
+    let copy = unique("stopped");
+    let layers = host.layers_with(&copy, &host.runtime.layers(&name).expect("layers").upper);
+    exec(&client, "kill -CONT $(cat /tmp/threads)").await;
+    let moves = "n=$(cat /tmp/count); for i in $(seq 200); do m=$(cat /tmp/count); [ \"$m\" ] && [ \"$m\" != $n ] && exit 0; sleep 0.02; done; exit 1";
+    eventually(&client, moves).await;
+    host.runtime.destroy(&name).await.expect("destroyed");
+
+    let images = images.with_extension("second");
+    let restored = host
+        .runtime
+        .restore(&copy, &common::spec(), &layers, &images)
+        .await;
+    restored.unwrap_or_else(|e| panic!("{e:?}"));
+    let client = host.runtime.connect(&copy, &KEY).await.expect("connected");
+    eventually(&client, &as_before).await;
+    exec(&client, "kill -CONT $(cat /tmp/threads) $(cat /tmp/sleep)").await;
+    eventually(&client, moves).await;
+    let locked = "python3 -c '
+import fcntl
+try: fcntl.lockf(open(\"/tmp/lock\", \"r+\"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: print(\"locked\")'";
+    assert_eq!(output(&client, locked).await, "locked");
+    host.runtime.destroy(&copy).await.expect("destroyed");
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}

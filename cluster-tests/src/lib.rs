@@ -3,6 +3,10 @@
 //! A [`TestHost`] owns everything it starts; dropping it removes every sandbox, ends the daemon and deletes its state, also when the test
 //! failed or the daemon was killed. Nothing is shared between two of them but the machine.
 
+mod store;
+
+pub use store::{StoreProcess, issue};
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::{Path, PathBuf};

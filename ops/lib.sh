@@ -1,4 +1,4 @@
-# Shared by ops/setup, ops/test, ops/demo and ops/rootfs; meant to be sourced by bash.
+# Shared by ops/setup, ops/test, ops/bench, ops/demo and ops/rootfs; meant to be sourced by bash.
 #
 # Holds the places everything agrees on (cache, target directory, CRIU) and the small functions that more than one
 # script needs. Sourcing it changes nothing on the machine.
@@ -47,3 +47,13 @@ apt_mirror() {
 
 # The keyring that signs the distribution's archives.
 APT_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
+
+# apt_get ARGUMENT...: apt-get that asks nothing. Lists already on the machine are tried first; they are fetched when there
+# are none or when they are too old.
+apt_get() {
+    local get=(apt-get -qq -y -o Acquire::Retries=5 -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 -o APT::Sandbox::User=root)
+    if [ -n "$(find /var/lib/apt/lists -name '*Packages*' -print -quit 2>/dev/null)" ] && "${get[@]}" "$@"; then return 0; fi
+    say "fetching the package lists"
+    "${get[@]}" update >&2 || die "the package lists cannot be fetched: check this machine's apt sources and network"
+    "${get[@]}" "$@"
+}

@@ -5,6 +5,9 @@
 
 pub mod cluster;
 pub mod load;
+mod store;
+
+pub use store::{StoreProcess, issue};
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

@@ -1,56 +1,8 @@
 //! A store in a process of its own: the same code and formats as the embedded one, and it may die while the host works.
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
-use tidepool_cluster_tests::{TestHost, program};
-
-/// A store process; killed when dropped.
-struct Store {
-    child: Child,
-    addr: String,
-}
-
-impl Store {
-    fn run(data: &Path, listen: &str) -> Self {
-        let mut child = Command::new(program("tidepool-store"))
-            .arg("run")
-            .arg("--data")
-            .arg(data)
-            .args(["--listen", listen])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the store starts");
-        let mut line = String::new();
-        let out = child.stdout.take().expect("piped");
-        BufReader::new(out)
-            .read_line(&mut line)
-            .expect("it says where it listens");
-        let addr = line
-            .trim()
-            .rsplit(' ')
-            .next()
-            .unwrap_or_default()
-            .to_owned();
-        assert!(addr.contains(':'), "{line:?}");
-        Self { child, addr }
-    }
-
-    fn kill(mut self) {
-        self.child.kill().expect("it can be killed");
-        self.child.wait().expect("it ends");
-    }
-}
-
-impl Drop for Store {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use tidepool_cluster_tests::{StoreProcess, TestHost, issue};
 
 #[test]
 fn a_host_works_with_a_store_of_another_process_and_survives_its_death() {
@@ -60,17 +12,9 @@ fn a_host_works_with_a_store_of_another_process_and_survives_its_death() {
         .unwrap();
     let (data, identity) = (dir.path().join("data"), dir.path().join("identity"));
     // Before the host, so that it ends after it: the host needs it to clean up.
-    let mut store = Some(Store::run(&data, "127.0.0.1:0"));
+    let mut store = Some(StoreProcess::run(&data, "127.0.0.1:0"));
     let addr = store.as_ref().map(|s| s.addr.clone()).unwrap_or_default();
-    let issued = Command::new(program("tidepool-store"))
-        .arg("issue-client")
-        .arg("--data")
-        .arg(&data)
-        .arg("--out")
-        .arg(&identity)
-        .output()
-        .unwrap();
-    assert!(issued.status.success(), "{issued:?}");
+    issue(&data, "host", &identity);
     let options: [OsString; 4] = [
         "--store".into(),
         addr.clone().into(),
@@ -102,7 +46,7 @@ fn a_host_works_with_a_store_of_another_process_and_survives_its_death() {
     assert_eq!(host.cli(["sandbox", "list"]).json()[0]["state"], "running");
 
     // It comes back, and the same key goes on where it was: the command does not run twice.
-    store.replace(Store::run(&data, &addr));
+    store.replace(StoreProcess::run(&data, &addr));
     let again = host.cli(args);
     assert_eq!(again.code, 0, "{again:?}\n{}", host.log());
     let lines = host.exec("a", "test $(cat /root/one /root/two | wc -l) = 2");

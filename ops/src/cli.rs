@@ -9,6 +9,7 @@ use tidepool_proto::turn::MAX_KEY;
 
 use crate::commands::gc::GcCommand;
 use crate::commands::retention::RetentionCommand;
+use crate::commands::scrub::ScrubCommand;
 use crate::help;
 use crate::human;
 use crate::ui::Ui;
@@ -102,6 +103,9 @@ pub(crate) enum Command {
     /// Which checkpoints stay: rules, plans, and what they do
     #[command(subcommand, arg_required_else_help = true)]
     Retention(RetentionCommand),
+    /// Read and verify every stored body, and mend what is damaged
+    #[command(subcommand, arg_required_else_help = true, after_help = help::SCRUB_AFTER)]
+    Scrub(ScrubCommand),
     /// Print a completion script for a shell
     #[command(after_help = help::COMPLETIONS_AFTER)]
     Completions {

@@ -229,3 +229,11 @@ pub(crate) const NODE_AFTER: &str = "\
 Example: a node more, and another one replaced after it was lost:
   tidepool node --store 10.0.0.1:7480 --identity ./operator join
   tidepool node --store 10.0.0.1:7480 --identity ./operator remove 2 --dead";
+
+pub(crate) const SCRUB_AFTER: &str = "\
+Each node verifies what it keeps. What is damaged is fetched from another node; where none has a good copy it is put into quarantine,
+the command says so and leaves with 13, and an upload of the same data heals it.
+
+Example: every node at 64 MiB a second, and how far they are:
+  tidepool scrub start --store 10.0.0.1:7480 --identity ./operator --pace 64MiB
+  tidepool scrub status --store 10.0.0.1:7480 --identity ./operator";

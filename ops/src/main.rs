@@ -85,6 +85,7 @@ async fn dispatch(command: Command, client: &Client, ui: Ui) -> Result<(), Failu
         Command::Node(args) => commands::node::run(args, ui).await,
         Command::Gc(command) => commands::gc::run(command, ui).await,
         Command::Retention(command) => commands::retention::run(command, ui).await,
+        Command::Scrub(command) => commands::scrub::run(command, ui).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tidepool", &mut script);

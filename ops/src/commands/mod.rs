@@ -7,6 +7,7 @@ pub(crate) mod node;
 pub(crate) mod restore;
 pub(crate) mod retention;
 pub(crate) mod sandbox;
+pub(crate) mod scrub;
 pub(crate) mod status;
 pub(crate) mod turn;
 

@@ -1,4 +1,4 @@
-//! Scrubs of the node that is asked, for operators.
+//! Scrubs, for operators: of the node that is asked, or of one that is named. Each node scrubs what it keeps itself.
 
 use tidepool_proto::wire::{request, response};
 
@@ -25,10 +25,34 @@ impl Client {
         self.scrub_report(op).await
     }
 
+    /// [`Client::scrub_start`] on one node.
+    pub async fn scrub_start_on(
+        &self,
+        node: u64,
+        bytes_per_s: u64,
+        orphan_grace_ms: Option<u64>,
+    ) -> Result<Vec<u8>, ClientError> {
+        let op = request::ScrubStart {
+            bytes_per_s,
+            orphan_grace_ms,
+        };
+        report(self.link.once(node, request::Op::ScrubStart(op)).await?)
+    }
+
+    /// [`Client::scrub_status`] of one node.
+    pub async fn scrub_status_of(&self, node: u64) -> Result<Vec<u8>, ClientError> {
+        let op = request::Op::ScrubStatus(request::ScrubStatus {});
+        report(self.link.once(node, op).await?)
+    }
+
     async fn scrub_report(&self, op: request::Op) -> Result<Vec<u8>, ClientError> {
-        match self.link.call(op).await? {
-            response::Op::ScrubReport(report) => Ok(report.to_vec()),
-            _ => Err(ClientError::unexpected()),
-        }
+        report(self.link.call(op).await?)
+    }
+}
+
+fn report(op: response::Op) -> Result<Vec<u8>, ClientError> {
+    match op {
+        response::Op::ScrubReport(report) => Ok(report.to_vec()),
+        _ => Err(ClientError::unexpected()),
     }
 }

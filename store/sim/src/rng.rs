@@ -31,6 +31,10 @@ impl Rng {
         Self(mix(seed ^ mix(purpose)))
     }
 
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it never ends, and nothing iterates over it"
+    )]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0)

@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
+use rustix::fs::{AtFlags, FileType, statat};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::procfs::read_whole;
+use crate::procfs::{directory, link_at, read_at};
 use crate::surroundings::{bounded, gone};
 
 /// Descriptors looked at of one process.
@@ -31,21 +32,25 @@ pub(crate) fn of_process(
     connections: &mut Connections,
 ) -> io::Result<()> {
     let who = format!("process {pid}");
-    into.insert(who.clone(), itself(pid)?);
+    let at = directory(format!("/proc/{pid}"))?;
+    into.insert(who.clone(), itself(&at)?);
     let not = io::Error::from_raw_os_error(libc::ESRCH);
     let number = Pid::from_raw(pid.cast_signed()).ok_or(not)?;
-    let process = pidfd_open(number, PidfdFlags::empty())?;
+    let process = Process {
+        links: directory(format!("/proc/{pid}/fd"))?,
+        infos: directory(format!("/proc/{pid}/fdinfo"))?,
+        handle: pidfd_open(number, PidfdFlags::empty())?,
+    };
     for (count, entry) in fs::read_dir(format!("/proc/{pid}/fd"))?.enumerate() {
         if count >= MAX_DESCRIPTORS {
             return Err(io::Error::other(format!(
                 "{who} has more than {MAX_DESCRIPTORS} descriptors"
             )));
         }
-        let entry = entry?;
-        let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-            continue;
-        };
-        match descriptor(pid, process.as_fd(), fd, connections) {
+        let name = entry?.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let Ok(fd) = name.parse() else { continue };
+        match process.descriptor(name, fd, connections) {
             Ok((what, state)) => {
                 into.insert(format!("{who} descriptor {fd} {what}"), state);
             }
@@ -58,8 +63,8 @@ pub(crate) fn of_process(
 }
 
 /// What others can change of a process that does not run.
-fn itself(pid: u32) -> io::Result<String> {
-    let read = |name: &str| read_whole(format!("/proc/{pid}/{name}"));
+fn itself(process: &OwnedFd) -> io::Result<String> {
+    let read = |name: &str| read_at(process, name);
     let (stat, status) = (read("stat")?, read("status")?);
     let stat = String::from_utf8_lossy(&stat);
     let fields: Vec<&str> = stat
@@ -91,54 +96,63 @@ fn itself(pid: u32) -> io::Result<String> {
     ))
 }
 
-fn descriptor(
-    pid: u32,
-    process: BorrowedFd<'_>,
-    fd: i32,
-    connections: &mut Connections,
-) -> io::Result<(String, String)> {
-    let link = fs::read_link(format!("/proc/{pid}/fd/{fd}"))?;
-    let info = read_whole(format!("/proc/{pid}/fdinfo/{fd}"))?;
-    let info = String::from_utf8_lossy(&info);
-    let name = bounded(link.to_string_lossy().into_owned());
-    // Position and flags are of the open file, which another process may share. What else there is depends on the kind; times pass by themselves.
-    let lines = [
-        "pos:",
-        "flags:",
-        "eventfd-count:",
-        "sigmask:",
-        "ticks:",
-        "lock:",
-    ];
-    let lines = info
-        .lines()
-        .filter(|l| lines.iter().any(|p| l.starts_with(p)));
-    let mut state = lines
-        .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
-        .collect::<Vec<_>>()
-        .join(" ");
-    let copy = || pidfd_getfd(process, fd, PidfdGetfdFlags::empty()).map_err(io::Error::from);
-    if name.starts_with("socket:[") {
-        state.push_str(&socket(&copy()?, connections));
-    } else if name.starts_with("anon_inode:inotify") {
-        state.push_str(&format!(" waiting {}", waiting(&copy()?)));
-    } else if name.starts_with("pipe:[") || !name.starts_with("anon_inode:") {
-        let meta = fs::metadata(format!("/proc/{pid}/fd/{fd}"))?;
-        use std::os::unix::fs::{FileTypeExt, MetadataExt};
-        if meta.file_type().is_fifo() {
-            state.push_str(&pipe(&copy()?)?);
-        } else if meta.file_type().is_char_device() && terminal_major(libc::major(meta.rdev())) {
-            state.push_str(&terminal(&copy()?));
-        } else if name.starts_with("/memfd:") {
-            state.push_str(&format!(
-                " size {} changed {}.{}",
-                meta.size(),
-                meta.mtime(),
-                meta.mtime_nsec()
-            ));
+/// A process whose descriptors are looked at.
+struct Process {
+    links: OwnedFd,
+    infos: OwnedFd,
+    handle: OwnedFd,
+}
+
+impl Process {
+    fn descriptor(
+        &self,
+        number: &str,
+        fd: i32,
+        connections: &mut Connections,
+    ) -> io::Result<(String, String)> {
+        let link = link_at(&self.links, number)?;
+        let info = read_at(&self.infos, number)?;
+        let info = String::from_utf8_lossy(&info);
+        let name = bounded(link);
+        // Position and flags are of the open file, which another process may share. What else there is depends on the kind; times pass by themselves.
+        let lines = [
+            "pos:",
+            "flags:",
+            "eventfd-count:",
+            "sigmask:",
+            "ticks:",
+            "lock:",
+        ];
+        let lines = info
+            .lines()
+            .filter(|l| lines.iter().any(|p| l.starts_with(p)));
+        let mut state = lines
+            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect::<Vec<_>>()
+            .join(" ");
+        let copy =
+            || pidfd_getfd(&self.handle, fd, PidfdGetfdFlags::empty()).map_err(io::Error::from);
+        if name.starts_with("socket:[") {
+            state.push_str(&socket(&copy()?, connections));
+        } else if name.starts_with("anon_inode:inotify") {
+            state.push_str(&format!(" waiting {}", waiting(&copy()?)));
+        } else if name.starts_with("pipe:[") || !name.starts_with("anon_inode:") {
+            let meta = statat(&self.links, number, AtFlags::empty())?;
+            let kind = FileType::from_raw_mode(meta.st_mode);
+            if kind == FileType::Fifo {
+                state.push_str(&pipe(&copy()?)?);
+            } else if kind == FileType::CharacterDevice && terminal_major(libc::major(meta.st_rdev))
+            {
+                state.push_str(&terminal(&copy()?));
+            } else if name.starts_with("/memfd:") {
+                state.push_str(&format!(
+                    " size {} changed {}.{}",
+                    meta.st_size, meta.st_mtime, meta.st_mtime_nsec
+                ));
+            }
         }
+        Ok((name, bounded(state)))
     }
-    Ok((name, bounded(state)))
 }
 
 /// Terminals and their masters: tty, console and ptmx, ptys.

@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
+
 use crate::tasks::{TaskInfo, TaskTable};
 
 /// A sandbox in which something is born all the time is not at rest in any of its readings.
@@ -51,6 +53,25 @@ pub fn tasks_from_proc(pid_ns_inode: u64) -> io::Result<TaskTable> {
 /// A file of `/proc`, in as few calls as it takes: the standard library begins with very small ones, and a boundary reads dozens of files.
 pub(crate) fn read_whole(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
     whole(&File::open(path)?)
+}
+
+/// The directory of a process, or one below it, by which its files are found without a look-up of the process each time.
+pub(crate) fn directory(path: String) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// As [`read_whole`], of a file in such a directory.
+pub(crate) fn read_at(directory: &OwnedFd, name: &str) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    whole(&File::from(file))
+}
+
+/// What a link in such a directory says.
+pub(crate) fn link_at(directory: &OwnedFd, name: &str) -> io::Result<String> {
+    let link = rustix::fs::readlinkat(directory, name, Vec::new())?;
+    Ok(link.to_string_lossy().into_owned())
 }
 
 /// The same of an open one, from where it stands.

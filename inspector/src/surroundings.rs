@@ -10,14 +10,13 @@
 //! Elsewhere: memory-backed files and System V objects ([`crate::memory`]), objects one by one ([`crate::objects`]).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 
 use serde::{Deserialize, Serialize};
 
 use crate::memory::unescape;
 use crate::objects::{self, Connections};
-use crate::procfs::read_whole;
+use crate::procfs::{directory, link_at, read_whole};
 
 /// Longest entry kept, in bytes.
 const MAX_TEXT: usize = 512;
@@ -158,10 +157,11 @@ pub(crate) fn bounded(mut text: String) -> String {
 /// A process's namespaces by kind; those its children will be in are left out.
 fn namespaces(pid: u32) -> io::Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
+    let directory = directory(format!("/proc/{pid}/ns"))?;
     for kind in ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"] {
-        match fs::read_link(format!("/proc/{pid}/ns/{kind}")) {
+        match link_at(&directory, kind) {
             Ok(link) => {
-                found.insert(kind.to_owned(), link.to_string_lossy().into_owned());
+                found.insert(kind.to_owned(), link);
             }
             // A kind this kernel does not have; or the process has ended, which the first one tells.
             Err(e) if gone(&e) && !found.is_empty() => {}

@@ -9,12 +9,14 @@
 //! | `scale` | more sandboxes |
 //! | `storm` | more events than are kept |
 //! | `kernel`, `stats` | what the kernel counts; medians |
+//! | `merge` | the results of several calls as one |
 //!
 //! Figures go to stdout, progress to stderr. Needs root and eBPF.
 
 mod compare;
 mod idle;
 mod kernel;
+mod merge;
 mod scale;
 mod stage;
 mod stats;
@@ -23,16 +25,16 @@ mod tracer;
 mod turns;
 mod workloads;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::compare::round;
-use crate::stats::{geometric_mean, quantile};
+use crate::stats::quantile;
 use crate::workloads::Workload;
 
 /// Measures what the inspector costs. Needs root and eBPF.
@@ -51,6 +53,9 @@ struct Arguments {
     /// Three rounds, smaller workloads and fewer turns: a first impression.
     #[arg(long)]
     quick: bool,
+    /// Measures nothing: joins the last lines of such outputs (files) into one result; may be repeated.
+    #[arg(long)]
+    merge: Vec<PathBuf>,
     /// The last line is one JSON object.
     #[arg(long)]
     json: bool,
@@ -87,10 +92,14 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: &Arguments) -> Result<()> {
+    if !arguments.merge.is_empty() {
+        show(arguments, merge::merge(&arguments.merge)?);
+        return Ok(());
+    }
     let began = Instant::now();
     let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
     let quick = arguments.quick;
-    let mut result = serde_json::Map::new();
+    let mut result = Map::new();
     let mut set = |key: &str, value: Value| result.insert(key.to_owned(), value);
     if wanted(Part::Workloads) {
         for (key, value) in workloads(arguments)? {
@@ -134,15 +143,19 @@ fn bench(arguments: &Arguments) -> Result<()> {
     }
     set("quick", json!(quick));
     set("seconds", json!(began.elapsed().as_secs()));
+    show(arguments, result);
+    Ok(())
+}
+
+fn show(arguments: &Arguments, result: Map<String, Value>) {
     if arguments.json {
         println!("{}", Value::Object(result));
     } else {
         println!("{:#}", Value::Object(result));
     }
-    Ok(())
 }
 
-fn workloads(arguments: &Arguments) -> Result<Vec<(String, Value)>> {
+fn workloads(arguments: &Arguments) -> Result<Map<String, Value>> {
     let runs = if arguments.quick {
         arguments.runs.min(3)
     } else {
@@ -157,32 +170,9 @@ fn workloads(arguments: &Arguments) -> Result<Vec<(String, Value)>> {
         eprintln!("{}", compared.line());
         all.push(compared);
     }
-    let list = |of: fn(&compare::Compared) -> f64| -> Vec<f64> { all.iter().map(of).collect() };
-    let (ratios, noise) = (list(|c| c.ratio.median), list(|c| c.noise.median));
-    let reference = list(|c| c.reference.median);
-    let inside = list(|c| 1.0 + c.inside());
-    let highest = |v: &[f64]| round(v.iter().copied().fold(f64::NAN, f64::max));
-    let each: serde_json::Map<String, Value> = all
+    let each: Map<String, Value> = all
         .iter()
         .map(|c| (c.workload.name().to_owned(), c.json()))
         .collect();
-    Ok([
-        ("geomean_ratio", json!(round(geometric_mean(&ratios)))),
-        ("max_ratio", json!(highest(&ratios))),
-        ("noise_geomean_ratio", json!(round(geometric_mean(&noise)))),
-        ("noise_max_ratio", json!(highest(&noise))),
-        (
-            "reference_geomean_ratio",
-            json!(round(geometric_mean(&reference))),
-        ),
-        ("reference_max_ratio", json!(highest(&reference))),
-        (
-            "inside_geomean_ratio",
-            json!(round(geometric_mean(&inside))),
-        ),
-        ("inside_max_ratio", json!(highest(&inside))),
-        ("workloads", Value::Object(each)),
-    ]
-    .map(|(key, value)| (key.to_owned(), value))
-    .into())
+    Ok(merge::with_summary(each))
 }

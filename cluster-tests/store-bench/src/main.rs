@@ -126,13 +126,18 @@ async fn run(o: &Options) -> Result<()> {
         std::fs::create_dir(&at)?;
         eprintln!("one node beside the raw disk and QUIC");
         let cluster = Cluster::start(&at, 1).await?;
-        let disk = single::disk(&cluster, &at, o).await?;
-        say("one node, 16 MiB batches", &disk.value);
-        all["ratio_vs_raw_disk"] = json!(round(disk.ratio));
-        all["disk"] = disk.value;
+        let names = if o.has("disk") {
+            let disk = single::disk(&cluster, &at, o).await?;
+            say("one node, 16 MiB batches", &disk.value);
+            all["ratio_vs_raw_disk"] = json!(round(disk.ratio));
+            all["disk"] = disk.value;
+            disk.names
+        } else {
+            single::fill(&cluster, o).await?
+        };
         if o.has("reads") {
             let quic = Quic::start().await?;
-            let (value, ratio) = single::reads(&cluster, &quic, &disk.names, o).await?;
+            let (value, ratio) = single::reads(&cluster, &quic, &names, o).await?;
             say("reads", &value);
             all["read_ratio_vs_quic"] = json!(round(ratio));
             all["reads"] = value;

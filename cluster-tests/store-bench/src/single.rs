@@ -86,6 +86,14 @@ pub(crate) async fn disk(cluster: &Cluster, dir: &Path, o: &Options) -> Result<D
     })
 }
 
+/// Puts what reads need, without measuring it.
+pub(crate) async fn fill(cluster: &Cluster, o: &Options) -> Result<Vec<ChunkName>> {
+    let client = cluster.client().await?;
+    let bodies: Vec<Bytes> = (0..BATCH / CHUNK).map(|_| body(CHUNK - 64)).collect();
+    let batches = o.round_bytes() as usize / BATCH;
+    Ok(puts(&client, &bodies, batches, 1).await?.0)
+}
+
 async fn puts(
     client: &Client,
     bodies: &[Bytes],

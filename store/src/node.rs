@@ -14,7 +14,7 @@ use tidepool_proto::wire::PEER_ALPN;
 use tidepool_store_client::{Client, ClientConfig, ClientIdentity, transport};
 use tidepool_store_core::ShardMap;
 use tidepool_store_raft::{Core, CoreConfig, bootstrap};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::bodies::{BodyWriter, Damaged, MAX_DAMAGED};
@@ -40,6 +40,9 @@ use crate::{cluster, gc, join, logs, orphans, scrub, server, sessions};
 const START: Duration = Duration::from_secs(30);
 
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Ends of sessions that are told to other nodes at once.
+const ENDS: usize = 16;
 
 /// A running node.
 pub struct Node {
@@ -170,6 +173,7 @@ impl Node {
             holds,
             collector: Collector::default(),
             scrubber: Scrubber::new(copies),
+            ends: Arc::new(Semaphore::new(ENDS)),
             counters,
         });
         // What is known to be damaged counts as missing.

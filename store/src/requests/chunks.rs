@@ -212,22 +212,33 @@ pub(super) async fn end_session(shared: &Arc<Shared>, r: request::EndSession) ->
     if !shared.space.may_free() {
         return Err(Failure::full());
     }
-    // Shards that are led here together, the others after each other: a session's end is a courtesy, nobody waits for it.
     let end = |session: &Bytes| {
         op::Op::EndSession(op::EndSession {
             session: session.clone(),
         })
     };
     let commands = shared.map.shard_groups().map(|g| (g, end(&r.session)));
+    let mut elsewhere = Vec::new();
     for (group, result) in propose_all(shared, commands) {
         match received(result).await {
-            Err(DriverError::NotLeader { .. }) => {
-                shared.propose(group, end(&r.session)).await?;
-            }
+            Err(DriverError::NotLeader { .. }) => elsewhere.push(group),
             other => {
                 other?;
             }
         }
+    }
+    // A session's end is a courtesy to collections, which do not depend on it: shards that are led elsewhere are told while nobody
+    // waits, and not at all where too many are being told.
+    if !elsewhere.is_empty()
+        && let Ok(permit) = shared.ends.clone().try_acquire_owned()
+    {
+        let (shared, op) = (shared.clone(), end(&r.session));
+        tokio::spawn(async move {
+            for group in elsewhere {
+                let _ = shared.propose(group, op.clone()).await;
+            }
+            drop(permit);
+        });
     }
     Ok(done())
 }

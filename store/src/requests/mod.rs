@@ -17,6 +17,7 @@ use tidepool_store_client::{Client, ClientError};
 use tidepool_store_core::{
     Command, GcState, ReadError, Refusal, Reply, ShardMap, ShardStats, keys, op,
 };
+use tokio::sync::Semaphore;
 
 use crate::bodies::{BodyStore, BodyWriter, Damaged};
 use crate::db::{Db, DbError};
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) holds: Holds,
     pub(crate) collector: Collector,
     pub(crate) scrubber: Scrubber,
+    /// Ends of sessions that are being told to other nodes.
+    pub(crate) ends: Arc<Semaphore>,
     pub(crate) counters: Arc<Counters>,
 }
 

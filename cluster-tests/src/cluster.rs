@@ -196,6 +196,11 @@ impl TestCluster {
     }
 
     fn spawn(&mut self, n: u64, verb: &str, rest: &[&str]) {
+        assert!(self.try_spawn(n, verb, rest), "node {n} did not start");
+    }
+
+    /// Whether it started.
+    fn try_spawn(&mut self, n: u64, verb: &str, rest: &[&str]) -> bool {
         let log = File::options()
             .create(true)
             .append(true)
@@ -221,10 +226,14 @@ impl TestCluster {
         host.child = Some(child);
         let mut line = String::new();
         let read = BufReader::new(out).read_line(&mut line);
-        assert!(
-            read.is_ok() && line.starts_with("listening on "),
-            "node {n} did not start: {line:?}"
-        );
+        read.is_ok() && line.starts_with("listening on ")
+    }
+
+    /// Runs a member that is expected not to start, and gives what it logged last.
+    pub fn start_in_vain(&mut self, n: u64) -> String {
+        assert!(!self.try_spawn(n, "run", &[]), "node {n} started");
+        self.reap(n);
+        tail(&self.log(n)).unwrap_or_default()
     }
 
     fn signal(&mut self, n: u64, signal: Signal) {

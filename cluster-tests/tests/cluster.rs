@@ -1,5 +1,6 @@
 //! The store as a cluster of real processes on hosts of their own: whatever single thing fails, what was acknowledged is there.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tidepool_cluster_tests::cluster::{TestCluster, settled};
@@ -30,6 +31,12 @@ impl Dice {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (z ^ (z >> 31)) % n
     }
+}
+
+/// One cluster at a time: several at once on a small machine have no leaders for want of time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn pause(ms: u64) {
@@ -95,6 +102,7 @@ fn fault(cluster: &mut TestCluster, dice: &mut Dice, nodes: u64) -> String {
 
 #[test]
 fn what_was_acknowledged_survives_rounds_of_random_faults() {
+    let _one = alone();
     let mut dice = Dice::new("faults");
     let mut cluster = TestCluster::new(3, SHARDS);
     cluster.join(2);
@@ -154,6 +162,7 @@ fn what_was_acknowledged_survives_rounds_of_random_faults() {
 
 #[test]
 fn any_two_of_five_nodes_are_lost_for_good_and_replaced_under_load() {
+    let _one = alone();
     let mut dice = Dice::new("losses");
     let mut cluster = TestCluster::new(7, SHARDS);
     for n in 2..=5 {
@@ -207,4 +216,110 @@ fn any_two_of_five_nodes_are_lost_for_good_and_replaced_under_load() {
     let turns = runtime.block_on(check).unwrap();
     assert!(turns > 0);
     eprintln!("{turns} turns");
+}
+
+/// Waits on the client's host until the cluster is at rest.
+fn wait_for_rest(cluster: &TestCluster, runtime: &tokio::runtime::Runtime, nodes: &[u64]) {
+    let (chief, nodes) = (cluster.client_config("operator"), nodes.to_vec());
+    let rest = runtime.spawn(async move {
+        let client = Client::connect(chief).await.unwrap();
+        settled(&client, &nodes, SHARDS, 3).await;
+    });
+    runtime.block_on(rest).unwrap();
+}
+
+/// Waits until a load has made this much progress.
+fn wait_for_turns(load: &Load, more: u64) {
+    let (from, began) = (load.counts().0, std::time::Instant::now());
+    while load.counts().0 < from + more {
+        assert!(!load.failed());
+        assert!(began.elapsed() < Duration::from_secs(120), "no progress");
+        pause(50);
+    }
+}
+
+#[test]
+fn a_full_disk_of_one_node_holds_nobody_up_and_it_catches_up() {
+    let _one = alone();
+    let mut cluster = TestCluster::new(3, SHARDS);
+    cluster.give_disk(3, 256);
+    cluster.join(2);
+    cluster.join(3);
+    let runtime = cluster.client_runtime();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    let cfg = cluster.client_config("host");
+    let loading = runtime.spawn(async move { Load::start(&cfg, 2).await });
+    let load = runtime.block_on(loading).unwrap();
+    wait_for_turns(&load, 5);
+    // All that is left of the disk.
+    let ballast = cluster.data(3).join("ballast");
+    let filled = std::process::Command::new("dd")
+        .args(["if=/dev/zero", "bs=1M"])
+        .arg(format!("of={}", ballast.display()))
+        .output()
+        .unwrap();
+    assert!(!filled.status.success(), "the disk has no end: {filled:?}");
+    wait_for_turns(&load, 100);
+    assert!(!cluster.has_ended(3), "a full disk ended the node");
+    std::fs::remove_file(&ballast).unwrap();
+    let cfg = cluster.client_config("host");
+    let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    // It has everything: another one is not needed.
+    cluster.kill(1);
+    let check = runtime.spawn(async move {
+        let client = Client::connect(cfg).await.unwrap();
+        truth.demand(&client).await;
+    });
+    runtime.block_on(check).unwrap();
+}
+
+#[test]
+fn a_node_with_a_damaged_database_says_so_and_is_replaced_under_load() {
+    let _one = alone();
+    let mut cluster = TestCluster::new(4, SHARDS);
+    cluster.join(2);
+    cluster.join(3);
+    let runtime = cluster.client_runtime();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    let cfg = cluster.client_config("host");
+    let loading = runtime.spawn(async move { Load::start(&cfg, 2).await });
+    let load = runtime.block_on(loading).unwrap();
+    wait_for_turns(&load, 20);
+    // Ended in peace, so that its tables are on disk; then each has bytes of another kind in its middle.
+    cluster.terminate(2);
+    let mut tables = 0;
+    for entry in std::fs::read_dir(cluster.data(2).join("db")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "sst") {
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 4;
+            bytes[..middle * 3].iter_mut().for_each(|b| *b ^= 0x55);
+            std::fs::write(&path, bytes).unwrap();
+            tables += 1;
+        }
+    }
+    assert!(tables > 0);
+    let said = cluster.start_in_vain(2);
+    assert!(said.to_lowercase().contains("corrupt"), "{said}");
+    wait_for_turns(&load, 5);
+    cluster.join(4);
+    let chief = cluster.client_config("operator");
+    let remove = runtime.spawn(async move {
+        let client = Client::connect(chief).await.unwrap();
+        client
+            .change_node(2, NodeState::Removed, true)
+            .await
+            .unwrap();
+    });
+    runtime.block_on(remove).unwrap();
+    wait_for_rest(&cluster, &runtime, &[1, 3, 4]);
+    let cfg = cluster.client_config("host");
+    let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();
+    cluster.kill(1);
+    let check = runtime.spawn(async move {
+        let client = Client::connect(cfg).await.unwrap();
+        truth.demand(&client).await;
+    });
+    runtime.block_on(check).unwrap();
 }

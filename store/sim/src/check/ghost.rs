@@ -202,7 +202,7 @@ impl Ghost {
             return value.is_none();
         };
         let before = was.iter().rev().find(|(at, _)| *at <= floor);
-        let at_floor = before.map_or(None, |(_, v)| *v);
+        let at_floor = before.and_then(|(_, v)| *v);
         at_floor == value || was.iter().any(|(at, v)| *at > floor && *v == value)
     }
 

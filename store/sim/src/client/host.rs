@@ -139,7 +139,7 @@ impl Ctx {
             if kind > 60 {
                 turn.output = self.pick(&content.leaves);
             }
-            if kind % 10 == 0
+            if kind.is_multiple_of(10)
                 && let Some((trees, round)) = self.of_another().await?
             {
                 turn.trees = Some(trees);

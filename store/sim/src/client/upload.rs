@@ -195,9 +195,10 @@ impl Ctx {
             });
             match self.propose(self.home(&turn.sandbox), commit).await {
                 Ok(_) => {
-                    let mut checker = self.shared.checker.borrow_mut();
-                    checker.acked(turn.sandbox, turn.turn, &record);
-                    drop(checker);
+                    self.shared
+                        .checker
+                        .borrow_mut()
+                        .acked(turn.sandbox, turn.turn, &record);
                     if self.chance(60) {
                         self.end(session).await;
                     }

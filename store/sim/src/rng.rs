@@ -31,18 +31,14 @@ impl Rng {
         Self(mix(seed ^ mix(purpose)))
     }
 
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "it never ends, and nothing iterates over it"
-    )]
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0)
     }
 
     /// Below `n`, which must not be 0.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.word() % n
     }
 
     /// Both ends included.
@@ -70,7 +66,7 @@ impl Rng {
     pub fn bytes<const N: usize>(&mut self) -> [u8; N] {
         let mut out = [0; N];
         for part in out.chunks_mut(8) {
-            let word = self.next().to_le_bytes();
+            let word = self.word().to_le_bytes();
             part.copy_from_slice(&word[..part.len()]);
         }
         out

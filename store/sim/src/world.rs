@@ -283,7 +283,7 @@ impl World {
     }
 
     fn new_disk(&mut self, id: u64) -> SimDisk {
-        let rng = Rng::new(self.rng.next(), id);
+        let rng = Rng::new(self.rng.word(), id);
         let mut disk = SimDisk::new(id, self.env.checker.clone(), rng);
         disk.sync_us = self.rng.between(100, 3000);
         disk
@@ -400,7 +400,7 @@ impl World {
             election_ticks,
             now_us: self.now_us,
         };
-        let rng = Rng::new(self.rng.next(), id);
+        let rng = Rng::new(self.rng.word(), id);
         match Node::open(start, disk, self.env.clone(), rng) {
             Ok(mut node) => {
                 let run = node.run;

@@ -13,7 +13,6 @@ use tidepool_proto::{CheckpointId, ChunkName, Epoch, SandboxId, TreeId, TurnNo};
 use tidepool_store_core::{Reply, op};
 
 use super::Ctx;
-use crate::check::Checker;
 use crate::wire::{Answer, Fail, Request, Result};
 
 /// The lower of two rounds, where 0 stands for none.
@@ -196,8 +195,10 @@ impl Ctx {
             });
             match self.propose(self.home(&turn.sandbox), commit).await {
                 Ok(_) => {
-                    let acked = |c: &mut Checker| c.acked(turn.sandbox, turn.turn, &record);
-                    acked(&mut self.shared.checker.borrow_mut());
+                    self.shared
+                        .checker
+                        .borrow_mut()
+                        .acked(turn.sandbox, turn.turn, &record);
                     if self.chance(60) {
                         self.end(session).await;
                     }

@@ -183,7 +183,8 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
         );
         turn(&host, "true", &["clean"]);
     }
-    // Stopped it is dumped once, as stopped, and asks for nothing more.
+    // Stopped it is dumped as stopped. Whether it may rest after that depends on where it was stopped: outside a system call it is
+    // dumped at each boundary.
     let state =
         |state: &str| format!("read -r a b s c < /proc/$(cat /root/ready)/stat; [ $s = {state} ]");
     turn(
@@ -192,7 +193,7 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
         &["processes", "full"],
     );
     for _ in 0..3 {
-        turn(&host, &state("T"), &["clean"]);
+        turn(&host, &state("T"), &["clean", "processes"]);
     }
     host.kill_sandbox(id);
     std::thread::sleep(std::time::Duration::from_millis(200));

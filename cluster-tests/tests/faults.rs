@@ -113,17 +113,10 @@ fn without_criu_files_are_safe_and_processes_are_refused() {
     assert_eq!(code(&host.exec("a", "grep -q 2 /root/f")), Some(0));
 }
 
-fn blob_files(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).expect("the store's directory").flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            found.extend(blob_files(&path));
-        } else if path.extension().is_some_and(|e| e == "blob") {
-            found.push(path);
-        }
-    }
-    found
+fn segment_files(store: &Path) -> Vec<PathBuf> {
+    let dir = fs::read_dir(store.join("bodies")).expect("the store's bodies");
+    let paths = dir.flatten().map(|entry| entry.path());
+    paths.filter(|path| path.is_file()).collect()
 }
 
 #[test]
@@ -137,8 +130,8 @@ fn damaged_chunks_are_reported_and_never_restored() {
         .unwrap()
         .to_owned();
     host.stop();
-    let files = blob_files(&host.state().join("store"));
-    assert!(!files.is_empty(), "bodies lie in blob files");
+    let files = segment_files(&host.state().join("store"));
+    assert!(!files.is_empty(), "bodies lie in segment files");
     for path in &files {
         let file = fs::File::options()
             .read(true)

@@ -200,7 +200,7 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
     let restored = host.cli(["restore", "a"]).json();
     assert_eq!(restored["processes_restored"], 1, "{restored}");
     host.exec("a", &state("T"));
-    turn(&host, &state("T"), &["clean"]);
+    turn(&host, &state("T"), &["clean", "processes"]);
     turn(
         &host,
         "kill -CONT $(cat /root/ready)",

@@ -184,6 +184,7 @@ fn main() -> ExitCode {
         |name: &str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
 
     let mut failed = Vec::new();
+    let mut errors = Vec::new();
     let mut passed = 0;
     for (name, test) in TESTS.iter().filter(|(name, _)| chosen(name)) {
         // The test's own values are all dropped by the unwinding; nothing is shared between tests.
@@ -194,11 +195,14 @@ fn main() -> ExitCode {
         } else {
             if let Ok(Err(error)) = outcome {
                 println!("{error:?}");
+                errors.push(format!("{name}: {error:#}"));
             }
             println!("test {name} ... FAILED");
             failed.push(*name);
         }
     }
+    // Once more and without a backtrace, where whoever looks at the end of a long log sees them.
+    errors.iter().for_each(|error| println!("{error}"));
     println!("\n{passed} passed; {} failed {failed:?}", failed.len());
     if failed.is_empty() {
         ExitCode::SUCCESS

@@ -5,7 +5,7 @@
 //! [`crate::segments`]'.
 
 use std::collections::HashSet;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -52,10 +52,11 @@ struct Job {
     answer: oneshot::Sender<Result<(), DbError>>,
 }
 
-/// Writes bodies on a thread of its own: what arrives while one batch is written makes the next.
+/// Writes bodies on a thread of its own: what arrives while one batch is written makes the next. What waits is bounded by those who
+/// bring it: requests, fetches and pushes are each taken in up to a number of bytes.
 #[derive(Clone)]
 pub(crate) struct BodyWriter {
-    jobs: SyncSender<Job>,
+    jobs: Sender<Job>,
 }
 
 impl BodyWriter {
@@ -64,7 +65,7 @@ impl BodyWriter {
         store: Arc<dyn BodyStore>,
         driver: Handle,
     ) -> Result<(Self, JoinHandle<()>), std::io::Error> {
-        let (jobs, queue) = sync_channel(64);
+        let (jobs, queue) = channel();
         let thread = std::thread::Builder::new()
             .name("store-bodies".into())
             .spawn(move || write_all(&*store, &queue, &driver))?;
@@ -74,12 +75,8 @@ impl BodyWriter {
     /// Stores bodies with the promise of [`BodyStore::put`].
     pub(crate) async fn put(&self, bodies: Vec<(ChunkName, Bytes)>) -> Result<(), DbError> {
         let (answer, result) = oneshot::channel();
-        let jobs = self.jobs.clone();
         let gone = || DbError::Failed("the node is stopping".into());
-        tokio::task::spawn_blocking(move || jobs.send(Job { bodies, answer }))
-            .await
-            .map_err(|_| gone())?
-            .map_err(|_| gone())?;
+        self.jobs.send(Job { bodies, answer }).map_err(|_| gone())?;
         result.await.unwrap_or_else(|_| Err(gone()))
     }
 }

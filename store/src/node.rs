@@ -26,7 +26,7 @@ use crate::error::StoreError;
 use crate::gc::Collector;
 use crate::holds::Holds;
 use crate::member::{self, Member};
-use crate::peers::{OtherCopies, PeerInbox, PeerNet, Peers};
+use crate::peers::{Arrivals, OtherCopies, PeerInbox, PeerNet, Peers};
 use crate::pki::{self, Pki};
 use crate::requests::Shared;
 use crate::roles::Role;
@@ -133,12 +133,16 @@ impl Node {
         let (writer, writer_thread) =
             BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
         let (endpoint, local) = listen(&cfg, &pki)?;
+        let arrivals = Arc::new(Arrivals::default());
         let inbox = Arc::new(PeerInbox {
             db: db.clone(),
             map,
             bodies: bodies.clone(),
             driver: driver.clone(),
             counters: counters.clone(),
+            writer: writer.clone(),
+            damaged: damaged.clone(),
+            arrivals: arrivals.clone(),
         });
         let peers = Peers::new(me.node, endpoint.clone(), peer_tls(&pki)?, inbox);
         let net = PeerNet::new(
@@ -146,6 +150,9 @@ impl Node {
             writer.clone(),
             damaged.clone(),
             driver.clone(),
+            arrivals,
+            bodies.clone(),
+            counters.clone(),
         );
         let driver_thread =
             Driver::start(core, net, inputs, counters.clone(), failed_tx).map_err(thread)?;

@@ -22,6 +22,10 @@ pub struct NodeStats {
     pub requests: u64,
     /// Messages for other nodes that were dropped: not connected, or too many waiting.
     pub messages_dropped: u64,
+    /// Bodies that leaders sent here before an entry needed them.
+    pub bodies_pushed: u64,
+    /// Bodies that were asked for because an entry or a raft snapshot needed them.
+    pub bodies_fetched: u64,
 }
 
 /// The counters, shared by everything in a node.
@@ -32,6 +36,8 @@ pub(crate) struct Counters {
     corruptions: AtomicU64,
     refused: AtomicU64,
     requests: AtomicU64,
+    pushed: AtomicU64,
+    fetched: AtomicU64,
 }
 
 impl Counters {
@@ -69,6 +75,19 @@ impl Counters {
 
     pub(crate) fn request(&self) {
         self.requests.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn pushed(&self, bodies: usize) {
+        self.pushed.fetch_add(bodies as u64, Relaxed);
+    }
+
+    pub(crate) fn fetched(&self, bodies: usize) {
+        self.fetched.fetch_add(bodies as u64, Relaxed);
+    }
+
+    /// Bodies that were pushed here, and that were fetched.
+    pub(crate) fn brought(&self) -> (u64, u64) {
+        (self.pushed.load(Relaxed), self.fetched.load(Relaxed))
     }
 
     pub(crate) fn requests(&self) -> u64 {

@@ -32,9 +32,10 @@ pub async fn read_len(stream: &mut RecvStream) -> Result<usize, FrameError> {
     Ok(wire::frame_len(head)?)
 }
 
-/// Reads what follows the length. Memory grows with what arrives, not with what the length promises.
+/// Reads what follows the length, of at most [`wire::MAX_FRAME`] bytes. Room for all of it is asked for at once, so that nothing is copied
+/// twice; pages that nothing arrives for are never touched, so that a length which promises too much costs no memory.
 pub async fn read_body(stream: &mut RecvStream, len: usize) -> Result<Bytes, FrameError> {
-    let mut buf = BytesMut::with_capacity(len.min(256 << 10));
+    let mut buf = BytesMut::with_capacity(len.min(wire::MAX_FRAME));
     while buf.len() < len {
         match stream.read_chunk(len - buf.len(), true).await? {
             Some(chunk) => buf.extend_from_slice(&chunk.bytes),

@@ -3,6 +3,9 @@
 //! Datagrams of 6000 bytes with segmentation offload cost less than half the CPU of standard ones where the path carries
 //! them; more than 8 KiB misbehaves with offload. Discovery finds out; loopback needs none.
 //!
+//! A burst of datagrams is acknowledged by few: each acknowledgement is a system call and a wake-up on both sides. The first window is
+//! that of a fast network within a site, so that a body does not wait for it to grow.
+//!
 //! The window of a connection is larger than those of all its streams together: streams that a node lets wait for want of memory
 //! cannot keep the bytes of those it is reading from arriving.
 
@@ -11,7 +14,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::congestion::CubicConfig;
+use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 const MTU: u16 = 6000;
 /// The most streams a peer may have open on one connection.
@@ -27,17 +31,36 @@ pub const SHORT: usize = 64 << 10;
 /// What is asked of the kernel for each direction of a socket.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// Settings of a connection; `loopback` where the path is known to carry large datagrams.
-pub fn connection(loopback: bool) -> Arc<TransportConfig> {
+/// Datagrams that ask for an acknowledgement and need not have one at once, and how long none is sent at most.
+const ACK_AFTER: (u32, Duration) = (10, Duration::from_millis(5));
+/// Bytes under way on a new connection.
+const FIRST_WINDOW: u64 = 128 << 10;
+
+/// What all connections have in common.
+fn base() -> TransportConfig {
     let mut config = TransportConfig::default();
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(MTU);
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER.0));
+    acks.max_ack_delay(Some(ACK_AFTER.1));
+    let mut congestion = CubicConfig::default();
+    congestion.initial_window(FIRST_WINDOW);
     config
-        .initial_mtu(if loopback { MTU } else { 1200 })
         .mtu_discovery_config(Some(discovery))
+        .ack_frequency_config(Some(acks))
+        .congestion_controller_factory(Arc::new(congestion))
         .max_concurrent_bidi_streams(VarInt::from_u32(MAX_STREAMS))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .datagram_receive_buffer_size(None)
+        .datagram_receive_buffer_size(None);
+    config
+}
+
+/// Settings of a connection; `loopback` where the path is known to carry large datagrams.
+pub fn connection(loopback: bool) -> Arc<TransportConfig> {
+    let mut config = base();
+    config
+        .initial_mtu(if loopback { MTU } else { 1200 })
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
         .send_window(32 << 20)
@@ -51,15 +74,9 @@ pub fn connection(loopback: bool) -> Arc<TransportConfig> {
 
 /// Settings of a connection between nodes: one that is gone is noticed sooner, and more may be under way.
 pub fn peer() -> Arc<TransportConfig> {
-    let mut config = TransportConfig::default();
-    let mut discovery = MtuDiscoveryConfig::default();
-    discovery.upper_bound(MTU);
+    let mut config = base();
     config
         .initial_mtu(1200)
-        .mtu_discovery_config(Some(discovery))
-        .max_concurrent_bidi_streams(VarInt::from_u32(MAX_STREAMS))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .datagram_receive_buffer_size(None)
         .stream_receive_window(VarInt::from_u32(4 << 20))
         .receive_window(VarInt::from_u32(64 << 20))
         .send_window(64 << 20)

@@ -1,4 +1,8 @@
-//! A turn of the core: persist what is ready, send, apply what is committed, answer.
+//! A turn of the core: send what need not wait, persist what is ready, send the rest, apply what is committed, answer.
+//!
+//! A leader's appends go out before its own log is synced ([`Core::prepare`]), so that all members of a group sync at the same time. That is raft's
+//! own rule (thesis, 10.2.1): a leader counts itself for an entry only when the entry is durable here, so a leader that dies with it
+//! unsynced has acknowledged nothing by that. What a follower or candidate says always waits for its disk.
 
 use prost::Message as _;
 use raft::eraftpb::Message;
@@ -38,6 +42,21 @@ enum Then {
 }
 
 impl<D: Disk> Core<D> {
+    /// Collects what is ready, if nothing is being written. Then the actions are to be polled, and what they send may go before
+    /// [`Core::turn`] writes. Calling it is never needed: `turn` sends the same, only later.
+    pub fn prepare(&mut self) {
+        if self.pending.is_none() {
+            self.pending = self.collect();
+        }
+        self.flush();
+    }
+
+    fn flush(&mut self) {
+        for (to, envelopes) in std::mem::take(&mut self.outbox) {
+            self.actions.push_back(Action::Send { to, envelopes });
+        }
+    }
+
     /// Persists and applies until nothing is ready, or until the disk is full, see [`Core::stalled`]. Then the actions are to be polled.
     /// After an error the core must not be used any more.
     pub fn turn(&mut self) -> Result<(), CoreError> {
@@ -63,15 +82,14 @@ impl<D: Disk> Core<D> {
             self.written(pending.then)?;
         }
         self.settle();
-        for (to, envelopes) in std::mem::take(&mut self.outbox) {
-            self.actions.push_back(Action::Send { to, envelopes });
-        }
+        self.flush();
         Ok(())
     }
 
-    /// What all groups have ready, in one batch.
+    /// What all groups have ready, in one batch. What may go before it is written is in the outbox.
     fn collect(&mut self) -> Option<Pending> {
         let (mut ops, mut send) = (Vec::new(), Vec::new());
+        let mut early = Vec::new();
         let (mut any, mut sync) = (false, false);
         for (number, replica) in &mut self.groups {
             let group = *number;
@@ -109,8 +127,11 @@ impl<D: Disk> Core<D> {
             if let Some(hard) = persist.hard {
                 ops.push(DiskOp::Hard { group, hard });
             }
-            let messages = persist.messages.into_iter().chain(persist.messages_after);
-            send.extend(messages.map(|m| (group, m)));
+            early.extend(persist.messages.into_iter().map(|m| (group, m)));
+            send.extend(persist.messages_after.into_iter().map(|m| (group, m)));
+        }
+        for (group, message) in early {
+            self.send(group, message);
         }
         any.then_some(Pending {
             ops,

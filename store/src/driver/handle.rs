@@ -1,5 +1,6 @@
 //! The way to the driver's thread.
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -176,6 +177,24 @@ impl Handle {
     pub(crate) fn status(&self) -> Vec<GroupStatus> {
         let statuses = self.statuses.read().unwrap_or_else(PoisonError::into_inner);
         statuses.clone()
+    }
+
+    /// Whether a replica of the group is here.
+    pub(crate) fn is_here(&self, group: u32) -> bool {
+        let statuses = self.statuses.read().unwrap_or_else(PoisonError::into_inner);
+        statuses.iter().any(|s| s.group == group)
+    }
+
+    /// The other members of a group that is led from here; nobody where it is not.
+    pub(crate) fn followers(&self, group: u32) -> Vec<u64> {
+        let statuses = self.statuses.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(led) = statuses.iter().find(|s| s.group == group && s.leads) else {
+            return Vec::new();
+        };
+        let conf = &led.conf;
+        let all = conf.voters.iter().chain(&conf.voters_outgoing);
+        let all: BTreeSet<u64> = all.chain(&conf.learners).copied().collect();
+        all.into_iter().filter(|n| Some(*n) != led.leader).collect()
     }
 
     pub(crate) fn fail(&self, why: DbError) {

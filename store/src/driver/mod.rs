@@ -151,6 +151,9 @@ impl<N: Net + 'static> Driver<N> {
     }
 
     fn turn(&mut self) -> Result<(), StoreError> {
+        // What need not wait for the disk goes before it is waited for.
+        self.core.prepare();
+        self.act();
         self.core.turn()?;
         let stalled = self.core.stalled();
         if stalled != self.stalled {

@@ -1,16 +1,21 @@
-//! What a node does with what other nodes send: messages go to the driver, bodies and pages of raft snapshots are answered from here.
+//! What a node does with what other nodes send: messages go to the driver, bodies and pages of raft snapshots are answered from here,
+//! bodies that are pushed are stored.
 
 use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message as _;
+use tidepool_proto::ChunkName;
+use tidepool_proto::body::check;
+use tidepool_proto::wire::split_bodies;
 use tidepool_store_core::ShardMap;
 use tidepool_store_raft::Envelope;
 
 use super::Inbox;
 use super::net::{Ask, PeerRequest, bodies_of};
-use crate::bodies::BodyStore;
+use super::push::{Arrivals, Coming};
+use crate::bodies::{BodyStore, BodyWriter, Damaged};
 use crate::db::Db;
 use crate::driver::Handle;
 use crate::stats::Counters;
@@ -22,9 +27,48 @@ pub(crate) struct PeerInbox {
     pub(crate) bodies: Arc<dyn BodyStore>,
     pub(crate) driver: Handle,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) writer: BodyWriter,
+    pub(crate) damaged: Arc<Damaged>,
+    pub(crate) arrivals: Arc<Arrivals>,
 }
 
+/// Bodies of more bytes than this are checked where it holds nobody up.
+const CHECK_HERE: usize = 256 << 10;
+
 impl PeerInbox {
+    /// The bodies of a push that are good, of groups that are here, and not stored yet.
+    fn wanted(&self, coming: &Coming, bodies: Bytes) -> Result<Vec<(ChunkName, Bytes)>, String> {
+        let bodies = split_bodies(&coming.lens, bodies).map_err(|e| e.to_string())?;
+        let has = self.bodies.has(&coming.names).map_err(|e| e.to_string())?;
+        let mut wanted = Vec::with_capacity(bodies.len());
+        for ((name, body), has) in coming.names.iter().zip(bodies).zip(has) {
+            if has && !self.damaged.contains(name) || !self.driver.is_here(self.map.of_chunk(name))
+            {
+                continue;
+            }
+            check(&body).map_err(|e| format!("chunk {name} arrived damaged: {e}"))?;
+            wanted.push((*name, body));
+        }
+        Ok(wanted)
+    }
+
+    async fn stored(&self, coming: &Coming, bodies: Bytes) -> Result<(), String> {
+        let wanted = if bodies.len() <= CHECK_HERE {
+            self.wanted(coming, bodies)?
+        } else {
+            tokio::task::block_in_place(|| self.wanted(coming, bodies))?
+        };
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<ChunkName> = wanted.iter().map(|(n, _)| *n).collect();
+        let put = self.writer.put(wanted).await;
+        put.map_err(|e| e.to_string())?;
+        self.damaged.healed(&names);
+        self.counters.pushed(names.len());
+        Ok(())
+    }
+
     fn envelope(&self, bytes: &[u8]) -> Result<Envelope, String> {
         let envelope = Envelope::decode(bytes).map_err(|e| e.to_string())?;
         if !self.map.groups().contains(&envelope.group) {
@@ -76,6 +120,27 @@ impl Inbox for PeerInbox {
         request: Bytes,
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, String>> + Send + '_>> {
         Box::pin(self.answered(request))
+    }
+
+    fn coming(&self, from: u64, head: Bytes) -> Result<Option<Coming>, String> {
+        let coming = self.arrivals.take(head)?;
+        if coming.is_none() {
+            tracing::debug!(from, "a push finds no room: what it brings is fetched");
+        }
+        Ok(coming)
+    }
+
+    fn store(
+        &self,
+        from: u64,
+        coming: Coming,
+        bodies: Bytes,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async move {
+            if let Err(why) = self.stored(&coming, bodies).await {
+                tracing::warn!(from, %why, "bodies that were pushed are not stored; they are fetched");
+            }
+        })
     }
 
     fn refused(&self) {

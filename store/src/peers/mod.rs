@@ -2,7 +2,8 @@
 //!
 //! The node with the higher number connects, so that a pair never has two connections for long, and goes on trying with growing waits.
 //! Each side sends its control messages on one stream of its own, all that is waiting in one frame; requests (bodies, pages of a
-//! raft snapshot) have a stream each and less priority, so that control never waits behind bodies.
+//! raft snapshot) have a stream each and less priority, so that control never waits behind bodies. A leader's new bodies are pushed
+//! ([`push`]).
 //!
 //! Control messages may be lost (no connection, or too many waiting): raft sends again what matters. What comes in is bounded before it
 //! is read, and only from connections whose certificate says which node this is.
@@ -12,6 +13,7 @@
 mod inbox;
 mod link;
 mod net;
+mod push;
 mod stream;
 
 #[cfg(test)]
@@ -19,6 +21,7 @@ mod tests;
 
 pub(crate) use inbox::PeerInbox;
 pub(crate) use net::{OtherCopies, PeerNet};
+pub(crate) use push::Arrivals;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -28,6 +31,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{Connection, Endpoint};
+use tidepool_proto::ChunkName;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 
@@ -58,6 +62,15 @@ pub(crate) trait Inbox: Send + Sync + 'static {
         from: u64,
         request: Bytes,
     ) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes, String>> + Send + '_>>;
+    /// Bodies are about to arrive. None: they are not wanted now. An error ends the connection.
+    fn coming(&self, from: u64, head: Bytes) -> Result<Option<push::Coming>, String>;
+    /// Stores bodies that arrived, if they are good.
+    fn store(
+        &self,
+        from: u64,
+        coming: push::Coming,
+        bodies: Bytes,
+    ) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + '_>>;
     /// Something came that is not of this protocol.
     fn refused(&self);
 }
@@ -67,6 +80,8 @@ struct Peer {
     connection: Connection,
     queue: UnboundedSender<Bytes>,
     waiting: Arc<AtomicU64>,
+    pushes: UnboundedSender<push::Pushed>,
+    pushing: Arc<AtomicU64>,
 }
 
 struct Dialer {
@@ -160,7 +175,8 @@ impl Peers {
     /// Uses a connection of a peer, whoever made it, until it ends. It replaces an older one.
     pub(crate) async fn run(&self, from: u64, connection: Connection) {
         let (queue, waiting_messages) = unbounded_channel();
-        let waiting = Arc::new(AtomicU64::new(0));
+        let (pushes, waiting_bodies) = unbounded_channel();
+        let (waiting, pushing) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         {
             let mut state = self.state();
             if state.closed {
@@ -170,6 +186,8 @@ impl Peers {
                 connection: connection.clone(),
                 queue,
                 waiting: waiting.clone(),
+                pushes,
+                pushing: pushing.clone(),
             };
             if let Some(old) = state.peers.insert(from, peer) {
                 old.connection.close(0u32.into(), b"replaced");
@@ -177,9 +195,11 @@ impl Peers {
         }
         tracing::info!(peer = from, addr = %connection.remote_address(), "connected to a node");
         let sending = stream::send_control(connection.clone(), waiting_messages, waiting);
+        let pushing = push::send_all(connection.clone(), waiting_bodies, pushing);
         let taking = stream::take_all(&connection, from, &self.inner.inbox);
         let why = tokio::select! {
             why = sending => why,
+            why = pushing => why,
             why = taking => why,
         };
         connection.close(0u32.into(), b"done");
@@ -204,6 +224,20 @@ impl Peers {
         });
         if !sent {
             self.inner.dropped.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Sends a body that the peer will come to need, if there is a connection and room.
+    pub(crate) fn push(&self, to: u64, name: ChunkName, body: &Bytes) {
+        let state = self.state();
+        let Some(peer) = state.peers.get(&to) else {
+            return;
+        };
+        let len = body.len() as u64;
+        if peer.pushing.fetch_add(len, Relaxed) + len > push::MAX_PUSHING
+            || peer.pushes.send((name, body.clone())).is_err()
+        {
+            peer.pushing.fetch_sub(len, Relaxed);
         }
     }
 

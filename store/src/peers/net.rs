@@ -3,6 +3,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -14,16 +15,20 @@ use tidepool_proto::wire::{
 use tidepool_store_core::{ShardMap, keys};
 use tidepool_store_raft::{Envelope, Page, PageRequest};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
-use super::Peers;
+use super::{Arrivals, Peers};
 use crate::bodies::{BodyStore, BodyWriter, Damaged};
 use crate::db::{Db, DbError};
 use crate::driver::{Handle, Net};
 use crate::logs;
 use crate::scrub::PeerBodies;
+use crate::stats::Counters;
 
 /// Fetches under way at once: each holds an answer of a little more than [`ANSWER_BYTES`] at a time.
 const FETCHES: usize = 16;
+/// How long a fetch waits for a push.
+const ARRIVE: Duration = Duration::from_secs(2);
 
 /// What is asked of another node.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -124,6 +129,9 @@ pub(crate) struct PeerNet {
     pub(crate) driver: Handle,
     pub(crate) fetches: Arc<Semaphore>,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) arrivals: Arc<Arrivals>,
+    pub(crate) bodies: Arc<dyn BodyStore>,
+    pub(crate) counters: Arc<Counters>,
 }
 
 impl PeerNet {
@@ -133,8 +141,14 @@ impl PeerNet {
         writer: BodyWriter,
         damaged: Arc<Damaged>,
         driver: Handle,
+        arrivals: Arc<Arrivals>,
+        bodies: Arc<dyn BodyStore>,
+        counters: Arc<Counters>,
     ) -> Self {
         Self {
+            arrivals,
+            bodies,
+            counters,
             peers,
             writer,
             damaged,
@@ -142,6 +156,13 @@ impl PeerNet {
             fetches: Arc::new(Semaphore::new(FETCHES)),
             runtime: tokio::runtime::Handle::current(),
         }
+    }
+
+    fn missing(&self, names: &[ChunkName]) -> Result<Vec<ChunkName>, String> {
+        let has = self.bodies.has(names).map_err(|e| e.to_string())?;
+        let all = names.iter().zip(has);
+        let missing = all.filter(|(name, has)| !has || self.damaged.contains(name));
+        Ok(missing.map(|(name, _)| *name).collect())
     }
 
     /// Gets and stores what node `from` has of these, and gives those that it has collected.
@@ -152,6 +173,19 @@ impl PeerNet {
         index: u64,
         names: &[ChunkName],
     ) -> Result<Vec<ChunkName>, String> {
+        // What its leader has pushed, or is pushing, need not be asked for.
+        let arriving = timeout(ARRIVE, self.arrivals.wait(names)).await;
+        let missing;
+        let names = match arriving {
+            Ok(false) => names,
+            Ok(true) | Err(_) => {
+                missing = self.missing(names)?;
+                &missing
+            }
+        };
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
         let _permit = self.fetches.acquire().await.map_err(|e| e.to_string())?;
         let mut gone = Vec::new();
         let mut at = 0;
@@ -164,6 +198,7 @@ impl PeerNet {
                 let put = self.writer.put(answer.found).await;
                 put.map_err(|e| e.to_string())?;
                 self.damaged.healed(&stored);
+                self.counters.fetched(stored.len());
             }
             at += answer.looked_at;
         }

@@ -1,5 +1,5 @@
 //! The streams of a connection between nodes. The first byte says what a stream is: control (frames of messages, one way, until the
-//! connection ends), or one request and its answer. A frame is its length (u32, little-endian) and that many bytes.
+//! connection ends), one request and its answer, or a push of bodies ([`super::push`]). A frame is its length (u32, little-endian) and that many bytes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,6 +17,7 @@ use super::Inbox;
 
 const CONTROL: u8 = 1;
 const REQUEST: u8 = 2;
+pub(super) const PUSH: u8 = 3;
 /// Bytes of one control frame after which the next one begins.
 const FRAME: usize = 4 << 20;
 /// Messages of one frame.
@@ -119,8 +120,31 @@ async fn take(
             answer(send, inbox.answer(from, request).await).await;
             Ok(())
         }
+        PUSH => match timeout(ARRIVE, pushed(&mut recv, from, &inbox)).await {
+            Ok(Ok(())) | Ok(Err(FrameError::Read(_))) | Err(_) => Ok(()),
+            Ok(Err(FrameError::Wire(e))) => Err(e.to_string()),
+        },
         other => Err(format!("a stream of unknown kind {other}")),
     }
+}
+
+/// One push. The time it takes to be stored counts too: what is not stored by then is fetched.
+async fn pushed(
+    recv: &mut RecvStream,
+    from: u64,
+    inbox: &Arc<dyn Inbox>,
+) -> Result<(), FrameError> {
+    let head = frame::read(recv).await?;
+    match inbox.coming(from, head).map_err(WireError::Message)? {
+        Some(coming) => {
+            let bodies = frame::read_body(recv, coming.bytes).await?;
+            inbox.store(from, coming, bodies).await;
+        }
+        None => {
+            let _ = recv.stop(0u32.into());
+        }
+    }
+    Ok(())
 }
 
 fn split(mut frame: Bytes) -> Result<Vec<Bytes>, String> {

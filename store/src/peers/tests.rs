@@ -8,16 +8,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{Endpoint, TokioRuntime};
-use tidepool_proto::wire::{MAX_FRAME, PEER_ALPN, SERVER_NAME};
+use tidepool_proto::wire::{MAX_FRAME, PEER_ALPN, SERVER_NAME, split_bodies};
 use tidepool_store_client::{tls_config, transport};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::push::{Arrivals, Coming};
 use super::{Inbox, PeerError, Peers};
 use crate::pki::{Caller, Pki, SigningRequest};
 
 struct Recorder {
     got: UnboundedSender<(u64, Bytes)>,
     refused: AtomicU32,
+    arrivals: Arc<Arrivals>,
 }
 
 impl Inbox for Recorder {
@@ -36,6 +38,23 @@ impl Inbox for Recorder {
             match &*request {
                 b"no" => Err(format!("not for node {from}")),
                 _ => Ok(request),
+            }
+        })
+    }
+
+    fn coming(&self, _from: u64, head: Bytes) -> Result<Option<Coming>, String> {
+        self.arrivals.take(head)
+    }
+
+    fn store(
+        &self,
+        from: u64,
+        coming: Coming,
+        bodies: Bytes,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async move {
+            for body in split_bodies(&coming.lens, bodies).unwrap() {
+                let _ = self.got.send((from, body));
             }
         })
     }
@@ -69,6 +88,7 @@ impl TestNode {
         let recorder = Arc::new(Recorder {
             got: tx,
             refused: AtomicU32::new(0),
+            arrivals: Arc::default(),
         });
         let mut tls = tls_config(&pki.node_identity(), PEER_ALPN).unwrap();
         tls.transport_config(transport::peer());

@@ -20,6 +20,8 @@ use crate::driver::{DriverError, now_ms, received};
 
 /// How often a put brings bodies that a collection took from under it.
 const PUT_ROUNDS: usize = 3;
+/// Bodies of at most this many bytes are checked where they arrive: that takes less than handing them to another thread and back.
+const SIFT_HERE: u64 = 256 << 10;
 
 /// Something for each of a shard's names.
 type ByShard<T> = BTreeMap<u32, Vec<T>>;
@@ -100,14 +102,18 @@ pub(super) async fn put(shared: &Arc<Shared>, r: request::Put) -> Answer {
             "the bodies have not one name each",
         ));
     }
-    let bytes = bodies.iter().map(|b| b.len() as u64).sum();
+    let bytes: u64 = bodies.iter().map(|b| b.len() as u64).sum();
     let Some(_pending) = shared.space.take(bytes) else {
         return Err(Failure::full());
     };
     let all: BTreeMap<ChunkName, Bytes> = names.into_iter().zip(bodies).collect();
     // Until the entries that name them are decided, no body of these is deleted here.
     let _held = shared.holds.hold(all.keys().copied());
-    let (all, mut new) = shared.blocking(move |shared| sift(shared, all)).await?;
+    let (all, mut new) = if bytes <= SIFT_HERE {
+        sift(shared, all)?
+    } else {
+        shared.blocking(move |shared| sift(shared, all)).await?
+    };
     let expires_ms = expires(r.ttl_ms);
     let mut answer = response::Put::default();
     let mut stored = BTreeSet::new();
@@ -119,6 +125,7 @@ pub(super) async fn put(shared: &Arc<Shared>, r: request::Put) -> Answer {
     for _ in 0..PUT_ROUNDS {
         if !new.is_empty() {
             let names: Vec<ChunkName> = new.iter().map(|(n, _)| *n).collect();
+            push(shared, &new);
             answer.stored_bytes += new.iter().map(|(_, b)| b.len() as u64).sum::<u64>();
             shared.writer.put(std::mem::take(&mut new)).await?;
             shared.damaged.healed(&names);
@@ -154,6 +161,18 @@ pub(super) async fn put(shared: &Arc<Shared>, r: request::Put) -> Answer {
     Err(Failure::again(
         "these chunks are being collected: send them again",
     ))
+}
+
+/// Sends bodies to the other members of their groups, who write them while this node does.
+fn push(shared: &Shared, bodies: &[(ChunkName, Bytes)]) {
+    let mut followers: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
+    for (name, body) in bodies {
+        let group = shared.map.of_chunk(name);
+        let others = followers.entry(group);
+        for to in others.or_insert_with(|| shared.driver.followers(group)) {
+            shared.peers.push(*to, *name, body);
+        }
+    }
 }
 
 /// The entry that names these chunks of one shard.

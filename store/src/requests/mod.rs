@@ -306,6 +306,8 @@ impl Shared {
             refused: self.counters.refused(),
             requests: self.counters.requests(),
             messages_dropped: self.peers.dropped(),
+            bodies_pushed: self.counters.brought().0,
+            bodies_fetched: self.counters.brought().1,
             ..NodeStats::default()
         };
         for group in self.map.shard_groups() {

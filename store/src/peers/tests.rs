@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{Endpoint, TokioRuntime};
+use tidepool_proto::ChunkName;
 use tidepool_proto::wire::{MAX_FRAME, PEER_ALPN, SERVER_NAME, split_bodies};
 use tidepool_store_client::{tls_config, transport};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -188,6 +189,23 @@ async fn two_nodes_talk_both_ways_over_one_connection() {
     );
     let e = two.peers.request(9, Bytes::new()).await;
     assert!(matches!(e, Err(PeerError::NotConnected(9))), "{e:?}");
+    // Pushes arrive whole, each once.
+    for n in 0..3u8 {
+        one.peers
+            .push(2, ChunkName([n; 32]), &Bytes::from(vec![n; 3 << 20]));
+    }
+    one.peers.push(9, ChunkName([9; 32]), &Bytes::new());
+    let mut pushed = Vec::new();
+    until("all pushes", || {
+        pushed.extend(two.received());
+        pushed.len() == 3
+    })
+    .await;
+    pushed.sort();
+    for (n, (from, body)) in (0u8..).zip(&pushed) {
+        assert_eq!((*from, body), (1, &Bytes::from(vec![n; 3 << 20])));
+    }
+    until("room again", || two.recorder.arrivals.is_idle()).await;
     // A connection that ends is made again; one to a node that is none any more is not.
     one.peers.set_nodes(&[]);
     one.peers.set_nodes(&all[1..]);
@@ -209,11 +227,13 @@ async fn what_is_no_message_ends_the_connection_and_is_counted() {
     tls.transport_config(transport::peer());
     let endpoint = Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
     let too_long = ((MAX_FRAME + 1) as u32).to_le_bytes();
-    let bad: [&[u8]; 4] = [
-        // An unknown kind of stream, a frame and a request over the bound, lengths that lie.
+    let bad: [&[u8]; 6] = [
+        // An unknown kind of stream; a frame, a request and a push's head over the bound; lengths that lie; a head that is none.
         &[9],
         &[&[1], &too_long[..]].concat(),
         &[&[2], &too_long[..]].concat(),
+        &[&[3], &too_long[..]].concat(),
+        &[3, 2, 0, 0, 0, 255, 255],
         &[1, 5, 0, 0, 0, 200, 0, 0, 0, 1],
     ];
     for (i, bytes) in bad.iter().enumerate() {

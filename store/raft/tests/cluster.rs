@@ -1,6 +1,7 @@
 //! The core of several nodes over disks in memory: elections, parked appends, raft snapshots, changes of members, full disks, crashes.
 
 mod common;
+mod room;
 
 use common::{Cluster, add_chunk, chunk, collect, sweep};
 use tidepool_store_core::keys;

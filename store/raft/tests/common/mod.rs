@@ -398,6 +398,10 @@ impl Cluster {
         token
     }
 
+    pub(crate) fn room(&mut self, node: u64, room: bool) {
+        self.input(node, Input::Room(room));
+    }
+
     pub(crate) fn target(&mut self, group: u32, voters: &[u64], learners: &[u64]) {
         let target = Target {
             group,

@@ -287,3 +287,39 @@ fn a_node_with_a_damaged_database_says_so_and_is_replaced_under_load() {
     });
     runtime.block_on(check).unwrap();
 }
+
+#[test]
+fn a_full_disk_of_one_node_holds_nobody_up_and_it_catches_up() {
+    let _one = alone();
+    let mut cluster = TestCluster::new(3, SHARDS);
+    cluster.give_disk(3, 256);
+    cluster.join(2);
+    cluster.join(3);
+    let runtime = cluster.client_runtime();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    let cfg = cluster.client_config("host");
+    let loading = runtime.spawn(async move { Load::start(&cfg, 2).await });
+    let load = runtime.block_on(loading).unwrap();
+    wait_for_turns(&load, 5);
+    // All that is left of the disk.
+    let ballast = cluster.data(3).join("ballast");
+    let filled = std::process::Command::new("dd")
+        .args(["if=/dev/zero", "bs=1M"])
+        .arg(format!("of={}", ballast.display()))
+        .output()
+        .unwrap();
+    assert!(!filled.status.success(), "the disk has no end: {filled:?}");
+    wait_for_turns(&load, 100);
+    assert!(!cluster.has_ended(3), "a full disk ended the node");
+    std::fs::remove_file(&ballast).unwrap();
+    let cfg = cluster.client_config("host");
+    let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    // It has everything: another one is not needed.
+    cluster.kill(1);
+    let check = runtime.spawn(async move {
+        let client = Client::connect(cfg).await.unwrap();
+        truth.demand(&client).await;
+    });
+    runtime.block_on(check).unwrap();
+}

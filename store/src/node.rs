@@ -147,8 +147,16 @@ impl Node {
             damaged.clone(),
             driver.clone(),
         );
-        let driver_thread =
-            Driver::start(core, net, inputs, counters.clone(), failed_tx).map_err(thread)?;
+        let space = Arc::new(Space::new(&cfg.data_dir, cfg.reserve_bytes));
+        let driver_thread = Driver::start(
+            core,
+            net,
+            inputs,
+            counters.clone(),
+            space.clone(),
+            failed_tx,
+        )
+        .map_err(thread)?;
         let copies = copies.unwrap_or_else(|| {
             Arc::new(OtherCopies {
                 peers: peers.clone(),
@@ -169,7 +177,7 @@ impl Node {
             bodies,
             writer,
             damaged,
-            space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
+            space,
             holds,
             collector: Collector::default(),
             scrubber: Scrubber::new(copies),

@@ -323,3 +323,57 @@ fn a_full_disk_of_one_node_holds_nobody_up_and_it_catches_up() {
     });
     runtime.block_on(check).unwrap();
 }
+
+/// How many nodes are killed where it is measured what that costs those who wait.
+const KILLS: u64 = 10;
+
+#[test]
+fn nobody_waits_for_ever_when_a_leader_is_killed() {
+    let _one = alone();
+    let mut cluster = TestCluster::new(3, SHARDS);
+    cluster.join(2);
+    cluster.join(3);
+    let runtime = cluster.client_runtime();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    let cfg = cluster.client_config("host");
+    let loading = runtime.spawn(async move { Load::start(&cfg, 4).await });
+    let load = runtime.block_on(loading).unwrap();
+    wait_for_turns(&load, 20);
+    let mut stalls: [Vec<Duration>; 2] = Default::default();
+    for round in 0..KILLS {
+        let n = round % 3 + 1;
+        load.longest();
+        // At rest every node leads some of the groups.
+        cluster.kill(n);
+        pause(4000);
+        wait_for_turns(&load, 40);
+        let longest = load.longest();
+        eprintln!(
+            "node {n} killed: longest turn {:?}, reading back {:?}",
+            longest[0], longest[1]
+        );
+        for (all, one) in stalls.iter_mut().zip(longest) {
+            all.push(one);
+        }
+        cluster.start(n);
+        wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+        wait_for_turns(&load, 20);
+        let back = load.longest();
+        eprintln!(
+            "node {n} is back: longest turn {:?}, reading back {:?}",
+            back[0], back[1]
+        );
+    }
+    for (what, mut all) in ["turn", "reading back"].into_iter().zip(stalls) {
+        all.sort_unstable();
+        let middle = all[all.len() / 2];
+        eprintln!("longest {what} after a kill: median {middle:?}, all {all:?}");
+    }
+    let cfg = cluster.client_config("host");
+    let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();
+    let check = runtime.spawn(async move {
+        let client = Client::connect(cfg).await.unwrap();
+        truth.demand(&client).await;
+    });
+    runtime.block_on(check).unwrap();
+}

@@ -181,6 +181,11 @@ impl Load {
         (turns, self.reads.load(Relaxed))
     }
 
+    /// Turns acknowledged so far to each writer.
+    pub fn each(&self) -> Vec<u64> {
+        self.pasts.iter().map(|p| lock(p).turns).collect()
+    }
+
     /// How long the longest turn, and the longest reading back, took that ended since this was asked last.
     pub fn longest(&self) -> [Duration; 2] {
         [0, 1].map(|i| Duration::from_millis(self.longest[i].swap(0, Relaxed)))

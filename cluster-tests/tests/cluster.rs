@@ -327,6 +327,23 @@ fn a_full_disk_of_one_node_holds_nobody_up_and_it_catches_up() {
 /// How many nodes are killed where it is measured what that costs those who wait.
 const KILLS: u64 = 10;
 
+const WAITS: [&str; 4] = [
+    "turn after a kill",
+    "reading back after a kill",
+    "turn after a start",
+    "reading back after a start",
+];
+
+/// Waits until every writer of a load has made this much progress.
+fn wait_for_each(load: &Load, more: u64) {
+    let (from, began) = (load.each(), std::time::Instant::now());
+    while load.each().iter().zip(&from).any(|(n, f)| *n < f + more) {
+        assert!(!load.failed());
+        assert!(began.elapsed() < Duration::from_secs(120), "no progress");
+        pause(50);
+    }
+}
+
 #[test]
 fn nobody_waits_for_ever_when_a_leader_is_killed() {
     let _one = alone();
@@ -339,35 +356,35 @@ fn nobody_waits_for_ever_when_a_leader_is_killed() {
     let loading = runtime.spawn(async move { Load::start(&cfg, 4).await });
     let load = runtime.block_on(loading).unwrap();
     wait_for_turns(&load, 20);
-    let mut stalls: [Vec<Duration>; 2] = Default::default();
+    let mut stalls: [Vec<Duration>; 4] = Default::default();
     for round in 0..KILLS {
         let n = round % 3 + 1;
         load.longest();
         // At rest every node leads some of the groups.
         cluster.kill(n);
         pause(4000);
-        wait_for_turns(&load, 40);
+        wait_for_each(&load, 3);
         let longest = load.longest();
         eprintln!(
             "node {n} killed: longest turn {:?}, reading back {:?}",
             longest[0], longest[1]
         );
-        for (all, one) in stalls.iter_mut().zip(longest) {
-            all.push(one);
-        }
         cluster.start(n);
         wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
-        wait_for_turns(&load, 20);
+        wait_for_each(&load, 3);
         let back = load.longest();
         eprintln!(
             "node {n} is back: longest turn {:?}, reading back {:?}",
             back[0], back[1]
         );
+        for (all, one) in stalls.iter_mut().zip(longest.into_iter().chain(back)) {
+            all.push(one);
+        }
     }
-    for (what, mut all) in ["turn", "reading back"].into_iter().zip(stalls) {
+    for (what, mut all) in WAITS.into_iter().zip(stalls) {
         all.sort_unstable();
         let middle = all[all.len() / 2];
-        eprintln!("longest {what} after a kill: median {middle:?}, all {all:?}");
+        eprintln!("longest {what}: median {middle:?}, all {all:?}");
     }
     let cfg = cluster.client_config("host");
     let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();

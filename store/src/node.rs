@@ -450,7 +450,7 @@ fn listen(cfg: &NodeConfig, pki: &Pki) -> Result<(Endpoint, SocketAddr), StoreEr
     let socket = transport::socket(cfg.listen).map_err(network)?;
     let loopback = cfg.listen.ip().is_loopback();
     let endpoint = Endpoint::new(
-        transport::endpoint(),
+        transport::node_endpoint(pki.reset_key()),
         Some(pki.server(loopback)?),
         socket,
         Arc::new(TokioRuntime),

@@ -17,8 +17,16 @@ pub enum FrameError {
 
 /// Reads one frame to its end, of at most [`wire::MAX_FRAME`] bytes.
 pub async fn read(stream: &mut RecvStream) -> Result<Bytes, FrameError> {
+    read_noting(stream, || {}).await
+}
+
+/// The same. `came` is called for each part that arrives.
+pub(crate) async fn read_noting(
+    stream: &mut RecvStream,
+    came: impl FnMut(),
+) -> Result<Bytes, FrameError> {
     let len = read_len(stream).await?;
-    read_body(stream, len).await
+    read_parts(stream, len, came).await
 }
 
 /// Reads the length that a frame opens with, and checks it.
@@ -34,10 +42,21 @@ pub async fn read_len(stream: &mut RecvStream) -> Result<usize, FrameError> {
 
 /// Reads what follows the length. Memory grows with what arrives, not with what the length promises.
 pub async fn read_body(stream: &mut RecvStream, len: usize) -> Result<Bytes, FrameError> {
+    read_parts(stream, len, || {}).await
+}
+
+async fn read_parts(
+    stream: &mut RecvStream,
+    len: usize,
+    mut came: impl FnMut(),
+) -> Result<Bytes, FrameError> {
     let mut buf = BytesMut::with_capacity(len.min(256 << 10));
     while buf.len() < len {
         match stream.read_chunk(len - buf.len(), true).await? {
-            Some(chunk) => buf.extend_from_slice(&chunk.bytes),
+            Some(chunk) => {
+                came();
+                buf.extend_from_slice(&chunk.bytes);
+            }
             None => return Err(WireError::Truncated.into()),
         }
     }

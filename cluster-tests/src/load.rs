@@ -109,6 +109,8 @@ pub struct Load {
     pasts: Vec<Arc<Mutex<Past>>>,
     stop: Arc<AtomicBool>,
     reads: Arc<AtomicU64>,
+    /// The longest that a turn took to be acknowledged, and a turn to be read back, in milliseconds.
+    longest: Arc<[AtomicU64; 2]>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
@@ -144,6 +146,7 @@ impl Load {
             pasts: Vec::new(),
             stop: Arc::default(),
             reads: Arc::default(),
+            longest: Arc::default(),
             tasks: Vec::new(),
         };
         for n in 1..=writers {
@@ -158,13 +161,16 @@ impl Load {
             }));
             load.pasts.push(past.clone());
             let stop = load.stop.clone();
-            load.tasks.push(tokio::spawn(write(client, past, stop)));
+            let longest = load.longest.clone();
+            load.tasks
+                .push(tokio::spawn(write(client, past, stop, longest)));
         }
         for n in 0..writers {
             let client = patiently("connecting", || Client::connect(cfg.clone())).await;
             let (pasts, stop, reads) = (load.pasts.clone(), load.stop.clone(), load.reads.clone());
+            let longest = load.longest.clone();
             load.tasks
-                .push(tokio::spawn(read(client, pasts, stop, reads, n)));
+                .push(tokio::spawn(read(client, pasts, stop, reads, longest, n)));
         }
         load
     }
@@ -173,6 +179,16 @@ impl Load {
     pub fn counts(&self) -> (u64, u64) {
         let turns = self.pasts.iter().map(|p| lock(p).turns).sum();
         (turns, self.reads.load(Relaxed))
+    }
+
+    /// Turns acknowledged so far to each writer.
+    pub fn each(&self) -> Vec<u64> {
+        self.pasts.iter().map(|p| lock(p).turns).collect()
+    }
+
+    /// How long the longest turn, and the longest reading back, took that ended since this was asked last.
+    pub fn longest(&self) -> [Duration; 2] {
+        [0, 1].map(|i| Duration::from_millis(self.longest[i].swap(0, Relaxed)))
     }
 
     /// Whether a writer or reader has failed.
@@ -194,12 +210,17 @@ impl Load {
     }
 }
 
-async fn write(client: Client, past: Arc<Mutex<Past>>, stop: Arc<AtomicBool>) {
+async fn write(
+    client: Client,
+    past: Arc<Mutex<Past>>,
+    stop: Arc<AtomicBool>,
+    longest: Arc<[AtomicU64; 2]>,
+) {
     let mut at = lock(&past);
     let mut session = [0; 16];
     session[..8].copy_from_slice(&at.sandbox.to_le_bytes());
     while !stop.load(Relaxed) {
-        let turn = at.turns + 1;
+        let (turn, began) = (at.turns + 1, Instant::now());
         session[8..].copy_from_slice(&turn.to_le_bytes());
         let id = SessionId(session);
         let bodies = chunks(at.sandbox, turn);
@@ -216,6 +237,7 @@ async fn write(client: Client, past: Arc<Mutex<Past>>, stop: Arc<AtomicBool>) {
             }
         }
         at.turns = turn;
+        longest[0].fetch_max(began.elapsed().as_millis() as u64, Relaxed);
         *past.lock().unwrap_or_else(PoisonError::into_inner) = at;
         // A courtesy.
         let _ = client.end_session(id).await;
@@ -227,6 +249,7 @@ async fn read(
     pasts: Vec<Arc<Mutex<Past>>>,
     stop: Arc<AtomicBool>,
     reads: Arc<AtomicU64>,
+    longest: Arc<[AtomicU64; 2]>,
     seed: u64,
 ) {
     let mut n = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -239,7 +262,7 @@ async fn read(
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         }
-        let turn = (n >> 17) % past.turns + 1;
+        let (turn, began) = ((n >> 17) % past.turns + 1, Instant::now());
         demand(&client, past, turn).await;
         let head = patiently("reading a sandbox", || {
             client.sandbox(sandbox_id(past.sandbox))
@@ -252,6 +275,7 @@ async fn read(
             past.sandbox,
             past.turns
         );
+        longest[1].fetch_max(began.elapsed().as_millis() as u64, Relaxed);
         reads.fetch_add(1, Relaxed);
     }
 }

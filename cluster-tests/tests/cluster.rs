@@ -287,3 +287,110 @@ fn a_node_with_a_damaged_database_says_so_and_is_replaced_under_load() {
     });
     runtime.block_on(check).unwrap();
 }
+
+#[test]
+fn a_full_disk_of_one_node_holds_nobody_up_and_it_catches_up() {
+    let _one = alone();
+    let mut cluster = TestCluster::new(3, SHARDS);
+    cluster.give_disk(3, 256);
+    cluster.join(2);
+    cluster.join(3);
+    let runtime = cluster.client_runtime();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    let cfg = cluster.client_config("host");
+    let loading = runtime.spawn(async move { Load::start(&cfg, 2).await });
+    let load = runtime.block_on(loading).unwrap();
+    wait_for_turns(&load, 5);
+    // All that is left of the disk.
+    let ballast = cluster.data(3).join("ballast");
+    let filled = std::process::Command::new("dd")
+        .args(["if=/dev/zero", "bs=1M"])
+        .arg(format!("of={}", ballast.display()))
+        .output()
+        .unwrap();
+    assert!(!filled.status.success(), "the disk has no end: {filled:?}");
+    wait_for_turns(&load, 100);
+    assert!(!cluster.has_ended(3), "a full disk ended the node");
+    std::fs::remove_file(&ballast).unwrap();
+    let cfg = cluster.client_config("host");
+    let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    // It has everything: another one is not needed.
+    cluster.kill(1);
+    let check = runtime.spawn(async move {
+        let client = Client::connect(cfg).await.unwrap();
+        truth.demand(&client).await;
+    });
+    runtime.block_on(check).unwrap();
+}
+
+/// How many nodes are killed where it is measured what that costs those who wait.
+const KILLS: u64 = 10;
+
+const WAITS: [&str; 4] = [
+    "turn after a kill",
+    "reading back after a kill",
+    "turn after a start",
+    "reading back after a start",
+];
+
+/// Waits until every writer of a load has made this much progress.
+fn wait_for_each(load: &Load, more: u64) {
+    let (from, began) = (load.each(), std::time::Instant::now());
+    while load.each().iter().zip(&from).any(|(n, f)| *n < f + more) {
+        assert!(!load.failed());
+        assert!(began.elapsed() < Duration::from_secs(120), "no progress");
+        pause(50);
+    }
+}
+
+#[test]
+fn nobody_waits_for_ever_when_a_leader_is_killed() {
+    let _one = alone();
+    let mut cluster = TestCluster::new(3, SHARDS);
+    cluster.join(2);
+    cluster.join(3);
+    let runtime = cluster.client_runtime();
+    wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+    let cfg = cluster.client_config("host");
+    let loading = runtime.spawn(async move { Load::start(&cfg, 4).await });
+    let load = runtime.block_on(loading).unwrap();
+    wait_for_turns(&load, 20);
+    let mut stalls: [Vec<Duration>; 4] = Default::default();
+    for round in 0..KILLS {
+        let n = round % 3 + 1;
+        load.longest();
+        // At rest every node leads some of the groups.
+        cluster.kill(n);
+        pause(4000);
+        wait_for_each(&load, 3);
+        let longest = load.longest();
+        eprintln!(
+            "node {n} killed: longest turn {:?}, reading back {:?}",
+            longest[0], longest[1]
+        );
+        cluster.start(n);
+        wait_for_rest(&cluster, &runtime, &[1, 2, 3]);
+        wait_for_each(&load, 3);
+        let back = load.longest();
+        eprintln!(
+            "node {n} is back: longest turn {:?}, reading back {:?}",
+            back[0], back[1]
+        );
+        for (all, one) in stalls.iter_mut().zip(longest.into_iter().chain(back)) {
+            all.push(one);
+        }
+    }
+    for (what, mut all) in WAITS.into_iter().zip(stalls) {
+        all.sort_unstable();
+        let middle = all[all.len() / 2];
+        eprintln!("longest {what}: median {middle:?}, all {all:?}");
+    }
+    let cfg = cluster.client_config("host");
+    let truth = runtime.block_on(runtime.spawn(load.end())).unwrap();
+    let check = runtime.spawn(async move {
+        let client = Client::connect(cfg).await.unwrap();
+        truth.demand(&client).await;
+    });
+    runtime.block_on(check).unwrap();
+}

@@ -154,8 +154,16 @@ impl Node {
             bodies.clone(),
             counters.clone(),
         );
-        let driver_thread =
-            Driver::start(core, net, inputs, counters.clone(), failed_tx).map_err(thread)?;
+        let space = Arc::new(Space::new(&cfg.data_dir, cfg.reserve_bytes));
+        let driver_thread = Driver::start(
+            core,
+            net,
+            inputs,
+            counters.clone(),
+            space.clone(),
+            failed_tx,
+        )
+        .map_err(thread)?;
         let copies = copies.unwrap_or_else(|| {
             Arc::new(OtherCopies {
                 peers: peers.clone(),
@@ -176,7 +184,7 @@ impl Node {
             bodies,
             writer,
             damaged,
-            space: Space::new(&cfg.data_dir, cfg.reserve_bytes),
+            space,
             holds,
             collector: Collector::default(),
             scrubber: Scrubber::new(copies),
@@ -449,7 +457,7 @@ fn listen(cfg: &NodeConfig, pki: &Pki) -> Result<(Endpoint, SocketAddr), StoreEr
     let socket = transport::socket(cfg.listen).map_err(network)?;
     let loopback = cfg.listen.ip().is_loopback();
     let endpoint = Endpoint::new(
-        transport::endpoint(),
+        transport::node_endpoint(pki.reset_key()),
         Some(pki.server(loopback)?),
         socket,
         Arc::new(TokioRuntime),

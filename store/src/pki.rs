@@ -216,6 +216,15 @@ impl Pki {
         }
     }
 
+    /// The key with which this node, started anew, proves to those who were connected to it that their connections are gone.
+    pub(crate) fn reset_key(&self) -> Arc<ring::hmac::Key> {
+        let key = blake3::derive_key(
+            "tidepool store connection reset v1",
+            self.node_key.as_bytes(),
+        );
+        Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key))
+    }
+
     /// The server's side of QUIC: only those with a certificate of this authority.
     pub(crate) fn server(&self, loopback: bool) -> Result<quinn::ServerConfig, StoreError> {
         let certs = |pem: &str| -> Result<Vec<CertificateDer<'static>>, StoreError> {

@@ -33,6 +33,7 @@ pub struct NodeStats {
 pub(crate) struct Counters {
     ready: AtomicBool,
     stalled: AtomicBool,
+    no_room: AtomicBool,
     corruptions: AtomicU64,
     refused: AtomicU64,
     requests: AtomicU64,
@@ -55,6 +56,15 @@ impl Counters {
 
     pub(crate) fn stalled(&self) -> bool {
         self.stalled.load(Relaxed)
+    }
+
+    pub(crate) fn set_no_room(&self, no_room: bool) {
+        self.no_room.store(no_room, Relaxed);
+    }
+
+    /// Whether the groups here were told that there is no room.
+    pub(crate) fn no_room(&self) -> bool {
+        self.no_room.load(Relaxed)
     }
 
     pub(crate) fn corruption(&self) {

@@ -17,8 +17,16 @@ pub enum FrameError {
 
 /// Reads one frame to its end, of at most [`wire::MAX_FRAME`] bytes.
 pub async fn read(stream: &mut RecvStream) -> Result<Bytes, FrameError> {
+    read_noting(stream, || {}).await
+}
+
+/// The same. `came` is called for each part that arrives.
+pub(crate) async fn read_noting(
+    stream: &mut RecvStream,
+    came: impl FnMut(),
+) -> Result<Bytes, FrameError> {
     let len = read_len(stream).await?;
-    read_body(stream, len).await
+    read_parts(stream, len, came).await
 }
 
 /// Reads the length that a frame opens with, and checks it.
@@ -35,10 +43,21 @@ pub async fn read_len(stream: &mut RecvStream) -> Result<usize, FrameError> {
 /// Reads what follows the length, of at most [`wire::MAX_FRAME`] bytes. Room for all of it is asked for at once, so that nothing is copied
 /// twice; pages that nothing arrives for are never touched, so that a length which promises too much costs no memory.
 pub async fn read_body(stream: &mut RecvStream, len: usize) -> Result<Bytes, FrameError> {
+    read_parts(stream, len, || {}).await
+}
+
+async fn read_parts(
+    stream: &mut RecvStream,
+    len: usize,
+    mut came: impl FnMut(),
+) -> Result<Bytes, FrameError> {
     let mut buf = BytesMut::with_capacity(len.min(wire::MAX_FRAME));
     while buf.len() < len {
         match stream.read_chunk(len - buf.len(), true).await? {
-            Some(chunk) => buf.extend_from_slice(&chunk.bytes),
+            Some(chunk) => {
+                came();
+                buf.extend_from_slice(&chunk.bytes);
+            }
             None => return Err(WireError::Truncated.into()),
         }
     }

@@ -4,9 +4,12 @@
 //! Sending again is always safe: every request is idempotent. Errors that will not go away (a refused certificate, a wrong
 //! request, a full disk) end the call at once.
 //!
+//! A node of several is given up when nothing is heard from it ([`crate::silence`]), and then asked last for a while ([`crate::suspects`]); the
+//! others are asked who leads, again and again at short intervals, since an election is over within a few seconds.
+//!
 //! A store of one node is the case where there is nobody else: then nothing is given up but by the connection's own time-out.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -20,22 +23,21 @@ use tokio::time::{Instant, timeout_at};
 use crate::Boxed;
 use crate::ClientConfig;
 use crate::error::ClientError;
-use crate::pool::{Attempt, Pool};
+use crate::pool::{Attempt, Patience, Pool};
 use crate::route::{self, Route};
+use crate::suspects::Suspects;
 use crate::topology::Map;
 
 const MAX_IN_FLIGHT: usize = 48;
 const FIRST_WAIT: Duration = Duration::from_millis(10);
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// The longest pause between two attempts of a call that has not lasted for [`ELECTION`] yet, and of one that has.
+const SHORT_WAIT: Duration = Duration::from_millis(200);
+const LONG_WAIT: Duration = Duration::from_secs(1);
+const ELECTION: Duration = Duration::from_secs(6);
 /// Redirections that are followed at once; after them a call waits as after a failure.
 const REDIRECTS: u32 = 4;
-/// How long one node of several may take over one attempt, and more for each MiB of the request.
-const ATTEMPT: Duration = Duration::from_secs(6);
-const ATTEMPT_PER_MIB: Duration = Duration::from_secs(1);
 /// How long an answer to the question for the map may take.
 const ASK: Duration = Duration::from_secs(3);
-/// A node that did not answer is read from last for this long.
-const SUSPECT: Duration = Duration::from_secs(5);
 /// Nodes whose round trips differ by less are equally near.
 const NEAR: Duration = Duration::from_millis(2);
 /// A map this young is not asked for again.
@@ -49,8 +51,7 @@ pub(crate) struct Link {
     asked: Mutex<Option<Instant>>,
     /// The address that answered last among those that any request may go to.
     sticky: std::sync::atomic::AtomicUsize,
-    /// Nodes that did not answer, and when.
-    suspects: std::sync::Mutex<HashMap<u64, Instant>>,
+    suspects: Suspects,
     in_flight: Semaphore,
 }
 
@@ -58,7 +59,7 @@ pub(crate) struct Link {
 struct Tries {
     attempts: u32,
     redirects: u32,
-    /// Nodes or addresses that did not help since the last wait.
+    /// Addresses that did not help since all were tried last.
     tried: HashSet<SocketAddr>,
 }
 
@@ -134,14 +135,14 @@ impl Link {
     ) -> Result<Result<response::Op, response::NotLeader>, ClientError> {
         let frame = wire::frame(&Request::from(op))?;
         let mut last = ClientError::new(ErrorKind::Unavailable, "the store did not answer in time");
-        let mut wait = FIRST_WAIT;
+        let (mut wait, began) = (FIRST_WAIT, Instant::now());
         let mut tries = Tries {
             attempts: 0,
             redirects: 0,
             tried: HashSet::new(),
         };
         loop {
-            let addr = self.choose(route, &tries);
+            let addr = self.choose(route, &mut tries);
             tries.attempts += 1;
             match timeout_at(deadline, self.attempt(addr, &frame)).await {
                 Ok(Ok(response::Op::NotLeader(moved))) => {
@@ -186,7 +187,12 @@ impl Link {
             {
                 return Err(last);
             }
-            wait = (wait * 2).min(LONGEST_WAIT);
+            let longest = if began.elapsed() < ELECTION {
+                SHORT_WAIT
+            } else {
+                LONG_WAIT
+            };
+            wait = (wait * 2).min(longest);
         }
     }
 
@@ -229,8 +235,8 @@ impl Link {
 
     /// Who to read a group's chunks from, the best first: not lately lost, of the same zone, near; equals by turns.
     pub(crate) fn readers(&self, map: &Map, group: u32) -> Vec<u64> {
-        let suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
-        let lost = |n: &u64| suspects.get(n).is_some_and(|at| at.elapsed() < SUSPECT);
+        let now = Instant::now();
+        let lost = |n: &u64| map.addr(*n).is_some_and(|a| self.suspects.has(a, now));
         let far = |n: &u64| {
             let rtt = map.addr(*n).and_then(|a| self.pool.rtt(a));
             rtt.map_or(0, |rtt| rtt.as_micros() / NEAR.as_micros())
@@ -246,32 +252,33 @@ impl Link {
         members
     }
 
-    /// The address to try next: the leader, else a member that was not tried yet, else any.
-    fn choose(&self, route: Route, tries: &Tries) -> SocketAddr {
-        let fresh = |addr: &SocketAddr| !tries.tried.contains(addr);
-        if let Some(map) = self.map() {
-            let found = match route {
-                Route::Leader(group) => map
-                    .leader(group)
-                    .and_then(|l| map.addr(l))
-                    .filter(|a| fresh(a) || tries.attempts % 4 == 3)
-                    .or_else(|| {
-                        let mut members = map.members(group).iter().filter_map(|m| map.addr(*m));
-                        members.find(fresh)
-                    })
-                    .or_else(|| map.nodes().filter_map(|n| map.addr(n)).find(fresh)),
-                Route::Any => None,
-            };
-            if let Some(addr) = found {
-                return addr;
-            }
+    /// The address to try next: the leader, else a member that was not tried yet, else any; suspects last.
+    fn choose(&self, route: Route, tries: &mut Tries) -> SocketAddr {
+        let (map, known, now) = (self.map(), self.known(), Instant::now());
+        if let (Route::Leader(group), Some(map)) = (route, &map)
+            && let Some(leader) = map.leader(group).and_then(|l| map.addr(l))
+            && (!tries.tried.contains(&leader) || tries.attempts % 4 == 3)
+            && self.suspects.probe(leader, now)
+        {
+            return leader;
         }
-        let known = self.known();
+        let mut order: Vec<SocketAddr> = Vec::new();
+        if let (Route::Leader(group), Some(map)) = (route, &map) {
+            let members = map.members(group).iter().copied().chain(map.nodes());
+            order.extend(members.filter_map(|m| map.addr(m)));
+        }
         let start = self.sticky.load(std::sync::atomic::Ordering::Relaxed);
         let at = |i: usize| known[(start + i) % known.len()];
-        let next = (0..known.len()).map(at).find(fresh);
-        // All were tried: round and round.
-        next.unwrap_or_else(|| at(tries.attempts as usize))
+        order.extend((0..known.len()).map(at));
+        order.retain(|a| !self.suspects.has(*a, now));
+        let fresh = |a: &&SocketAddr| !tries.tried.contains(*a);
+        if let Some(addr) = order.iter().find(fresh) {
+            return *addr;
+        }
+        // All that may answer were tried: from the first again, and where there is none, round and round.
+        tries.tried.clear();
+        let first = order.first().copied();
+        first.unwrap_or_else(|| at(tries.attempts as usize))
     }
 
     /// Every address there is: those given, and those of the map.
@@ -298,18 +305,21 @@ impl Link {
                 "the client is closed",
             ))
         })?;
-        let many = self.is_many();
-        let exchange = self.pool.exchange(addr, frame.clone(), many);
-        if !many {
-            return exchange.await;
+        let patience = self.patience(addr);
+        let answer = self.pool.exchange(addr, frame.clone(), patience).await;
+        if !matches!(answer, Err(Attempt::Lost(_))) {
+            self.suspects.found(addr);
         }
-        let limit = ATTEMPT + ATTEMPT_PER_MIB * (frame.len() >> 20) as u32;
-        match tokio::time::timeout(limit, exchange).await {
-            Ok(result) => result,
-            Err(_) => Err(Attempt::Lost(ClientError::new(
-                ErrorKind::Unavailable,
-                format!("{addr} does not answer in time"),
-            ))),
+        answer
+    }
+
+    fn patience(&self, addr: SocketAddr) -> Patience {
+        if !self.is_many() {
+            Patience::Alone
+        } else if self.suspects.is_new(addr, Instant::now()) {
+            Patience::Lost
+        } else {
+            Patience::Many
         }
     }
 
@@ -320,9 +330,8 @@ impl Link {
                 m.lost(node);
                 true
             });
-            let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
-            suspects.insert(node, Instant::now());
         }
+        self.suspects.lost(addr, Instant::now());
         let count = self.cfg.addrs.len();
         let now = self.sticky.load(std::sync::atomic::Ordering::Relaxed);
         if self.cfg.addrs[now % count] == addr {
@@ -348,13 +357,16 @@ impl Link {
         let Ok(frame) = wire::frame(&frame) else {
             return;
         };
-        let many = self.is_many();
         let limit = deadline.min(Instant::now() + ASK);
-        let known = self.known();
+        let mut known = self.known();
         let start = self.sticky.load(std::sync::atomic::Ordering::Relaxed);
-        for i in 0..known.len() {
-            let addr = known[(start + i) % known.len()];
-            let exchange = self.pool.exchange(addr, frame.clone(), many);
+        let count = known.len();
+        known.rotate_left(start % count);
+        let now = Instant::now();
+        known.sort_by_key(|a| self.suspects.has(*a, now));
+        for addr in known {
+            let patience = self.patience(addr);
+            let exchange = self.pool.exchange(addr, frame.clone(), patience);
             let each = limit.min(Instant::now() + ASK / 2);
             let answer = timeout_at(each, exchange).await;
             match answer {

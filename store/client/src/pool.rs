@@ -2,24 +2,43 @@
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{Connection, ConnectionError, Endpoint, TokioRuntime};
+use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream, TokioRuntime};
 use tidepool_proto::ErrorKind;
 use tidepool_proto::wire::{self, Response, response};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use crate::error::ClientError;
 use crate::frame::{self, FrameError};
+use crate::silence::{LOOK, Silence};
 use crate::{ClientConfig, transport};
 
 /// A node that does not even shake hands in this time is not there.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// The same, where there are other nodes to go to.
-const HANDSHAKE_OF_MANY: Duration = Duration::from_secs(2);
+const HANDSHAKE_OF_MANY: Duration = Duration::from_millis(1500);
+/// The same of a node that did not answer a moment ago.
+const HANDSHAKE_OF_LOST: Duration = Duration::from_millis(500);
+/// How long one node of several that is heard may take to answer when it has the request, or between two parts of its answer.
+const ANSWER: Duration = Duration::from_secs(6);
+
+/// How long a node is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// There is nobody else: until the connection times out.
+    Alone,
+    /// Others could answer.
+    Many,
+    /// Others could, and this one did not a moment ago.
+    Lost,
+}
 
 /// Why an attempt failed.
 pub(crate) enum Attempt {
@@ -31,8 +50,15 @@ pub(crate) enum Attempt {
     Over(ClientError),
 }
 
-/// One address's connection. Callers that come while it is made wait for the same.
-type Slot = Arc<Mutex<Option<Connection>>>;
+/// One address's connection. Callers that come while it is made wait for the same, and fail with it.
+#[derive(Default)]
+struct Place {
+    connection: Option<Connection>,
+    /// When making it failed last, and why.
+    failed: Option<(Instant, ClientError)>,
+}
+
+type Slot = Arc<Mutex<Place>>;
 
 pub(crate) struct Pool {
     endpoint: Endpoint,
@@ -70,9 +96,9 @@ impl Pool {
     /// The round trip to an address, where there is a connection.
     pub(crate) fn rtt(&self, addr: SocketAddr) -> Option<Duration> {
         let slot = self.slot(addr);
-        let connection = slot.try_lock().ok()?;
+        let place = slot.try_lock().ok()?;
+        let connection = place.connection.as_ref();
         connection
-            .as_ref()
             .filter(|c| c.close_reason().is_none())
             .map(Connection::rtt)
     }
@@ -82,23 +108,23 @@ impl Pool {
         slots.entry(addr).or_default().clone()
     }
 
-    /// Sends a request to an address and waits for the answer. `many`: there are others that could answer.
+    /// Sends a request to an address and waits for the answer.
     pub(crate) async fn exchange(
         &self,
         addr: SocketAddr,
         frame: Bytes,
-        many: bool,
+        patience: Patience,
     ) -> Result<response::Op, Attempt> {
         let slot = self.slot(addr);
-        let connection = self.connection(&slot, addr, many).await?;
-        let answer = exchange(&connection, frame).await;
+        let connection = self.connection(&slot, addr, patience).await?;
+        let answer = exchange(&connection, addr, frame, patience).await;
         if let Err(Attempt::Lost(_)) = &answer
             && connection.close_reason().is_some()
         {
-            let mut current = slot.lock().await;
+            let mut place = slot.lock().await;
             let same = |c: &Connection| c.stable_id() == connection.stable_id();
-            if current.as_ref().is_some_and(same) {
-                *current = None;
+            if place.connection.as_ref().is_some_and(same) {
+                place.connection = None;
             }
         }
         answer
@@ -108,13 +134,20 @@ impl Pool {
         &self,
         slot: &Slot,
         addr: SocketAddr,
-        many: bool,
+        patience: Patience,
     ) -> Result<Connection, Attempt> {
-        let mut current = slot.lock().await;
-        if let Some(connection) = &*current
+        let came = Instant::now();
+        let mut place = slot.lock().await;
+        if let Some(connection) = &place.connection
             && connection.close_reason().is_none()
         {
             return Ok(connection.clone());
+        }
+        // One after the other they would wait as many times as there are of them.
+        if let Some((at, why)) = &place.failed
+            && *at >= came
+        {
+            return Err(Attempt::Lost(why.clone()));
         }
         let connecting = self
             .endpoint
@@ -125,18 +158,28 @@ impl Pool {
                     format!("connecting to {addr}: {e}"),
                 ))
             })?;
-        let limit = if many { HANDSHAKE_OF_MANY } else { HANDSHAKE };
+        let limit = match patience {
+            Patience::Alone => HANDSHAKE,
+            Patience::Many => HANDSHAKE_OF_MANY,
+            Patience::Lost => HANDSHAKE_OF_LOST,
+        };
         let connection = match tokio::time::timeout(limit, connecting).await {
             Ok(Ok(connection)) => connection,
-            Ok(Err(e)) => return Err(connection_failed(&e)),
+            Ok(Err(e)) => {
+                let failed = connection_failed(&e);
+                if let Attempt::Lost(why) = &failed {
+                    place.failed = Some((Instant::now(), why.clone()));
+                }
+                return Err(failed);
+            }
             Err(_) => {
-                return Err(Attempt::Lost(ClientError::new(
-                    ErrorKind::Unavailable,
-                    format!("{addr} does not answer"),
-                )));
+                let why =
+                    ClientError::new(ErrorKind::Unavailable, format!("{addr} does not answer"));
+                place.failed = Some((Instant::now(), why.clone()));
+                return Err(Attempt::Lost(why));
             }
         };
-        *current = Some(connection.clone());
+        place.connection = Some(connection.clone());
         Ok(connection)
     }
 }
@@ -147,16 +190,71 @@ impl Drop for Pool {
     }
 }
 
-async fn exchange(connection: &Connection, frame: Bytes) -> Result<response::Op, Attempt> {
-    let (mut send, mut recv) = connection
+/// One request on a connection. Where others could answer, a node of which nothing is heard is given up, and so is one that has the
+/// request and does not answer; not one to which, or from which, bytes are still on their way.
+async fn exchange(
+    connection: &Connection,
+    addr: SocketAddr,
+    frame: Bytes,
+    patience: Patience,
+) -> Result<response::Op, Attempt> {
+    let (send, recv) = connection
         .open_bi()
         .await
         .map_err(|e| connection_failed(&e))?;
+    let parts = AtomicU32::new(0);
+    let mut delivered = pin!(send.stopped());
+    let mut talk = pin!(talk(send, recv, frame, &parts));
+    if patience == Patience::Alone {
+        return talk.await;
+    }
+    let lost = |what: &str| {
+        let text = format!("{addr} {what}");
+        Err(Attempt::Lost(ClientError::new(
+            ErrorKind::Unavailable,
+            text,
+        )))
+    };
+    let mut silence = Silence::new(connection);
+    let (mut there, mut seen, mut still) = (false, 0, Duration::ZERO);
+    loop {
+        tokio::select! {
+            answer = &mut talk => return answer,
+            _ = &mut delivered, if !there => there = true,
+            () = tokio::time::sleep(LOOK) => {
+                if silence.look(connection) {
+                    // Whoever else waits for it need not find out alone.
+                    connection.close(0u32.into(), b"silence");
+                    return lost("is silent");
+                }
+                let now = parts.load(Relaxed);
+                if !there || now != seen {
+                    (seen, still) = (now, Duration::ZERO);
+                }
+                still += LOOK;
+                if still > ANSWER {
+                    return lost("does not answer in time");
+                }
+            }
+        }
+    }
+}
+
+/// The request out, and the answer in. `parts` counts what came.
+async fn talk(
+    mut send: SendStream,
+    mut recv: RecvStream,
+    frame: Bytes,
+    parts: &AtomicU32,
+) -> Result<response::Op, Attempt> {
     let _ = send.set_priority(transport::priority(frame.len()));
     // The node may answer (and stop reading) before it has read all: its answer is what counts.
     let sent = send.write_chunk(frame).await;
     let _ = send.finish();
-    let bytes = match frame::read(&mut recv).await {
+    let came = || {
+        parts.fetch_add(1, Relaxed);
+    };
+    let bytes = match frame::read_noting(&mut recv, came).await {
         Ok(bytes) => bytes,
         Err(FrameError::Read(quinn::ReadError::ConnectionLost(e))) => {
             return Err(connection_failed(&e));

@@ -136,7 +136,9 @@ impl Link {
 
 async fn wait(round: u32, deadline: Instant) -> Result<(), ClientError> {
     let late = || ClientError::new(ErrorKind::Unavailable, "the shards had no leaders in time");
-    let pause = std::time::Duration::from_millis(10 << round.min(6));
+    // Short for as long as an election lasts.
+    let steps = if round < 40 { 4 } else { 6 };
+    let pause = std::time::Duration::from_millis(10 << round.min(steps));
     tokio::time::timeout_at(deadline, tokio::time::sleep(pause))
         .await
         .map_err(|_| late())

@@ -15,7 +15,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
-use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{
+    AckFrequencyConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig, MtuDiscoveryConfig,
+    TransportConfig, VarInt,
+};
 
 const MTU: u16 = 6000;
 /// The most streams a peer may have open on one connection.
@@ -23,6 +26,9 @@ pub const MAX_STREAMS: u32 = 64;
 
 /// The code with which a node closes a connection whose certificate may not be here.
 pub const DENIED: u32 = 3;
+
+/// An idle connection says so this often, so that a silent one is a dead one.
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_millis(500);
 
 const STREAM_WINDOW: u32 = 512 << 10;
 const CONNECTION_WINDOW: u32 = (MAX_STREAMS + 16) * STREAM_WINDOW;
@@ -64,11 +70,10 @@ pub fn connection(loopback: bool) -> Arc<TransportConfig> {
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
         .send_window(32 << 20)
-        .keep_alive_interval(Some(Duration::from_secs(3)))
-        .max_idle_timeout(Some(VarInt::from_u32(15_000).into()));
-    if loopback {
-        config.initial_rtt(Duration::from_millis(1));
-    }
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .max_idle_timeout(Some(VarInt::from_u32(6_000).into()));
+    // The first packets are sent again soon where they are lost; on a longer path that is a few bytes for nothing.
+    config.initial_rtt(Duration::from_millis(if loopback { 1 } else { 100 }));
     Arc::new(config)
 }
 
@@ -92,6 +97,32 @@ pub fn endpoint() -> EndpointConfig {
     // The bound is between 1200 and 65527.
     let _ = config.max_udp_payload_size(MTU);
     config
+}
+
+/// Settings of a node's endpoint, which tells those who were connected to an earlier run of it, known by its key, that this is another.
+pub fn node_endpoint(reset_key: Arc<dyn quinn::crypto::HmacKey>) -> EndpointConfig {
+    let mut config = endpoint();
+    config
+        .reset_key(reset_key)
+        .cid_generator(|| Box::new(RandomIds));
+    config
+}
+
+/// Connection ids of which an endpoint cannot tell that they are not its own: the default ones of an earlier run it would ignore.
+struct RandomIds;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        ConnectionId::new(&rand::random::<[u8; 8]>())
+    }
+
+    fn cid_len(&self) -> usize {
+        8
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// A UDP socket with room for bursts, as much as the kernel grants.

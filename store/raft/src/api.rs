@@ -32,6 +32,9 @@ pub enum Input {
     PageFetched { fetch: u64, page: Page },
     /// A fetch came to nothing: another source is tried.
     FetchFailed { fetch: u64 },
+    /// Whether this node's disk has room for new writes, as far as the caller can tell; there is until it says otherwise. A node without
+    /// hands its leadership to members that have.
+    Room(bool),
     /// An order of the caller.
     Order(Order),
 }
@@ -146,4 +149,6 @@ pub struct GroupStatus {
     pub installing: bool,
     /// Of a leader: members that are not up to date, with how many entries they lack.
     pub behind: Vec<(u64, u64)>,
+    /// Of a leader without room to write: a member that has takes over soon.
+    pub yields: bool,
 }

@@ -25,6 +25,8 @@ pub enum Body {
     Member { last: u64 },
     /// A leader's answer: its members at `index`, which is above the asker's log, do not include the asker.
     NotMember { index: u64 },
+    /// The sender has no room to write: it must not be made the leader of any group for now.
+    NoRoom,
 }
 
 /// Bytes that are no envelope.
@@ -36,7 +38,7 @@ pub struct EnvelopeError(pub String);
 struct Wire {
     #[prost(uint32, tag = "1")]
     group: u32,
-    #[prost(oneof = "WireBody", tags = "2, 3, 4")]
+    #[prost(oneof = "WireBody", tags = "2, 3, 4, 5")]
     body: Option<WireBody>,
 }
 
@@ -48,6 +50,8 @@ enum WireBody {
     Member(u64),
     #[prost(uint64, tag = "4")]
     NotMember(u64),
+    #[prost(bool, tag = "5")]
+    NoRoom(bool),
 }
 
 impl Envelope {
@@ -57,6 +61,7 @@ impl Envelope {
             Body::Raft(message) => WireBody::Raft(message.encode_to_vec().into()),
             Body::Member { last } => WireBody::Member(*last),
             Body::NotMember { index } => WireBody::NotMember(*index),
+            Body::NoRoom => WireBody::NoRoom(true),
         };
         let wire = Wire {
             group: self.group,
@@ -94,6 +99,7 @@ impl Envelope {
             }
             WireBody::Member(last) => Body::Member { last },
             WireBody::NotMember(index) => Body::NotMember { index },
+            WireBody::NoRoom(_) => Body::NoRoom,
         };
         Ok(Self {
             group: wire.group,
@@ -111,7 +117,7 @@ impl Envelope {
                         .map(|e| e.data.len() + e.context.len() + 32)
                         .sum::<usize>()
             }
-            Body::Member { .. } | Body::NotMember { .. } => 16,
+            Body::Member { .. } | Body::NotMember { .. } | Body::NoRoom => 16,
         }
     }
 }

@@ -22,6 +22,7 @@ mod machine;
 pub mod page;
 mod parked;
 pub mod plan;
+mod room;
 mod turn;
 mod view;
 

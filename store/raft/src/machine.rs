@@ -4,15 +4,17 @@
 //! A turn writes what all groups have ready in one batch with one sync, sends what may be sent then, applies what is committed in
 //! a second batch (the next sync makes it durable; the log already is), and queues the answers. Nothing leaves before the batch it rests on
 //! is durable. A full disk keeps the batch: it is tried again at the next turn, writes are refused meanwhile and reads go on
-//! where no other voter can know better. Any other failed write ends the core: what is on disk is then unknown.
+//! where no other voter can know better; where there are others, they are said to lead, see [`crate::room`]. Any other failed write ends the core: what is on disk is then unknown.
 //!
 //! The parts: [`crate::group`] one group's raft, [`crate::parked`] appends that wait for bodies, [`crate::install`] raft snapshots,
 //! [`crate::plan`] the walk between memberships, [`crate::turn`] persisting and applying. Time, ids and randomness are the caller's.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use prost::Message as _;
 use raft::eraftpb::{ConfState, HardState, Message, MessageType};
+
+use tidepool_store_core::META_GROUP;
 
 use crate::api::{Action, CoreError, GroupStatus, Input, Order, Rejection, Target};
 use crate::disk::{Disk, DiskError, DiskOp};
@@ -20,7 +22,8 @@ use crate::envelope::{Body, Envelope};
 use crate::group::{Group, GroupConfig, LogBounds};
 use crate::install::{self, Install};
 use crate::parked::{self, Parked};
-use crate::plan::{Step, next_step};
+use crate::plan::{Known, Step, heir, next_step};
+use crate::room::{Room, SAY_TICKS};
 use crate::turn::Pending;
 
 /// Milliseconds between two [`Input::Tick`]s.
@@ -98,6 +101,7 @@ pub struct Core<D> {
     fetches: BTreeMap<u64, Fetch>,
     next_fetch: u64,
     ticks: u64,
+    room: Room,
     bounds: LogBounds,
     /// The last time given to a command: a clock that is set back does not show in the log.
     last_ms: u64,
@@ -120,6 +124,7 @@ impl<D: Disk> Core<D> {
             fetches: BTreeMap::new(),
             next_fetch: 1,
             ticks: 0,
+            room: Room::default(),
             bounds: LogBounds::default(),
             last_ms: 0,
         };
@@ -205,18 +210,55 @@ impl<D: Disk> Core<D> {
         } else {
             Vec::new()
         };
+        // One that waits for room is heard by nobody: whoever has room leads soon.
+        let mute = self.stalled() && !g.is_alone();
+        let me = self.cfg.node;
         Some(GroupStatus {
             group,
             term: g.term(),
-            leader: g.leader(),
-            leads: g.is_ready(),
+            leader: g.leader().filter(|l| *l != me || !mute),
+            leads: g.is_ready() && !mute,
             conf,
             applied: g.applied_at().0,
             commit: g.commit(),
             log_entries: g.log_entries(),
             installing: replica.install.is_some(),
             behind,
+            yields: g.is_ready() && (mute || self.heir(group).is_some()),
         })
+    }
+
+    /// Whether new writes may be taken here.
+    fn has_room(&self) -> bool {
+        self.room.is_here() && !self.stalled()
+    }
+
+    /// Who takes a group that this node leads and has no room for.
+    fn heir(&self, number: u32) -> Option<u64> {
+        let (group, target) = (&self.groups.get(&number)?.group, self.targets.get(&number)?);
+        let known = Known {
+            caught_up: &|id| group.lag(id).is_some_and(|lag| lag <= CAUGHT_UP),
+            room: &|id| self.room_at(id),
+        };
+        heir(self.cfg.node, group.conf(), target, &known)
+    }
+
+    fn room_at(&self, node: u64) -> bool {
+        if node == self.cfg.node {
+            self.has_room()
+        } else {
+            self.room.is_at(node)
+        }
+    }
+
+    /// Says to all who may lead that this node must not.
+    fn say_no_room(&mut self) {
+        let confs = self.groups.values().map(|r| r.group.conf());
+        let members = confs.flat_map(|c| c.voters.iter().chain(&c.learners));
+        let others: BTreeSet<u64> = members.copied().filter(|n| *n != self.cfg.node).collect();
+        for to in others {
+            self.post(to, META_GROUP, Body::NoRoom);
+        }
     }
 
     /// Applied index and term of a group, for a page of a raft snapshot whose view is opened in the same moment. Commands that are
@@ -292,6 +334,14 @@ impl<D: Disk> Core<D> {
                 }
                 None => {}
             },
+            Input::Room(room) => {
+                let had = self.room.is_here();
+                self.room.set_here(room);
+                // At once, so that nobody hands back what is handed over now.
+                if had && !room {
+                    self.say_no_room();
+                }
+            }
             Input::Order(Order::Target(target)) => {
                 self.targets.insert(target.group, target);
             }
@@ -318,7 +368,8 @@ impl<D: Disk> Core<D> {
             result: Err(why),
         };
         if self.stalled() {
-            return self.actions.push_back(refuse(Rejection::Full));
+            let why = self.why_stalled(number);
+            return self.actions.push_back(refuse(why));
         }
         command.now_ms = self.last_ms;
         let Some(replica) = self.groups.get_mut(&number) else {
@@ -346,6 +397,21 @@ impl<D: Disk> Core<D> {
         }
     }
 
+    /// Why nothing can be had of a group while a batch waits for room: nobody else can do it, or others are asked, who have a leader soon.
+    fn why_stalled(&self, number: u32) -> Rejection {
+        match self.groups.get(&number) {
+            Some(r) if r.group.is_alone() => Rejection::Full,
+            replica => {
+                let me = self.cfg.node;
+                let leader = replica.and_then(|r| r.group.leader());
+                Rejection::NotLeader {
+                    group: number,
+                    leader: leader.filter(|l| *l != me),
+                }
+            }
+        }
+    }
+
     fn read(&mut self, number: u32, token: u64) {
         let stalled = self.stalled();
         let answer = |result| Action::ReadReady { token, result };
@@ -363,7 +429,7 @@ impl<D: Disk> Core<D> {
             let result = if replica.group.is_alone() {
                 Ok(())
             } else {
-                Err(Rejection::Full)
+                Err(self.why_stalled(number))
             };
             return self.actions.push_back(answer(result));
         }
@@ -379,6 +445,10 @@ impl<D: Disk> Core<D> {
     }
 
     fn message(&mut self, from: u64, envelope: Envelope) -> Result<(), CoreError> {
+        if envelope.body == Body::NoRoom {
+            self.room.none_at(from, self.ticks);
+            return Ok(());
+        }
         // While a batch waits for room nothing can be stepped; raft sends again.
         if self.stalled() || from == self.cfg.node {
             return Ok(());
@@ -444,6 +514,7 @@ impl<D: Disk> Core<D> {
                 }
                 Ok(())
             }
+            Body::NoRoom => Ok(()),
         }
     }
 
@@ -520,6 +591,10 @@ impl<D: Disk> Core<D> {
 
     fn tick(&mut self) -> Result<(), CoreError> {
         self.ticks += 1;
+        self.room.tick(self.ticks);
+        if !self.has_room() && self.ticks.is_multiple_of(SAY_TICKS) {
+            self.say_no_room();
+        }
         if self.stalled() {
             return Ok(());
         }
@@ -546,17 +621,23 @@ impl<D: Disk> Core<D> {
     }
 
     fn plan(&mut self, number: u32) {
-        let (Some(replica), Some(target)) =
-            (self.groups.get_mut(&number), self.targets.get(&number))
+        let (Some(replica), Some(target)) = (self.groups.get(&number), self.targets.get(&number))
         else {
             return;
         };
-        let group = &mut replica.group;
+        let group = &replica.group;
         if !group.is_ready() {
             return;
         }
-        let caught_up = |id| group.lag(id).is_some_and(|lag| lag <= CAUGHT_UP);
-        match next_step(self.cfg.node, group.conf(), target, &caught_up) {
+        let known = Known {
+            caught_up: &|id| group.lag(id).is_some_and(|lag| lag <= CAUGHT_UP),
+            room: &|id| self.room_at(id),
+        };
+        let step = next_step(self.cfg.node, group.conf(), target, &known);
+        let Some(group) = self.groups.get_mut(&number).map(|r| &mut r.group) else {
+            return;
+        };
+        match step {
             Step::Nothing => {}
             // One that cannot be taken now is found again at the next look.
             Step::Change(change) => {

@@ -1,7 +1,8 @@
 //! Appends that wait for bodies: a follower acknowledges entries only when every body they name is durable here.
 //!
 //! Messages wait in the order they came; the first one's missing bodies are fetched, some at a time, which bounds memory on both
-//! sides. What finds no room is dropped: raft sends it again.
+//! sides. What finds no room is dropped: raft sends it again. What an earlier leader sent is dropped when a later one sends something: it
+//! would be refused, and its bodies may be waited for until the connection to one that died times out.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -76,6 +77,9 @@ impl Parked {
     pub(crate) fn push(&mut self, from: u64, message: Message) {
         let names: Vec<ChunkName> = message.entries.iter().flat_map(names_of).collect();
         let bytes = message.entries.iter().map(|e| e.data.len() + 64).sum();
+        if (self.queue.front()).is_some_and(|w| w.message.term < message.term) {
+            *self = Self::default();
+        }
         if self.queue.len() >= MAX_PARKED.0 || self.bytes + bytes > MAX_PARKED.1.max(bytes) {
             return;
         }

@@ -2,7 +2,8 @@
 //! few ticks, proposes what it is told, and asks again when that is applied; a new leader goes on from whatever it finds.
 //!
 //! New members come as learners and are promoted when they have caught up, so that no quorum ever waits for a member that is
-//! still being filled. Voters change by explicit joint consensus only. A leader that is to go hands leadership over first.
+//! still being filled. Voters change by explicit joint consensus only. A leader that is to go hands leadership over first, and so does one
+//! that has no room to write, before anything else: it can hardly propose. Where nobody has room, whoever leads goes on: reads need a leader too.
 
 use raft::eraftpb::{
     ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState,
@@ -39,13 +40,36 @@ fn changes(list: Vec<ConfChangeSingle>, transition: ConfChangeTransition) -> Ste
     Step::Change(all)
 }
 
-/// The next step of the leader `me`. `caught_up` tells of a member whether it was heard lately and lacks next to nothing.
-pub fn next_step(
-    me: u64,
-    conf: &ConfState,
-    target: &Target,
-    caught_up: &dyn Fn(u64) -> bool,
-) -> Step {
+/// What a leader knows of the members' state.
+pub struct Known<'a> {
+    /// Whether a member was heard lately and lacks next to nothing.
+    pub caught_up: &'a dyn Fn(u64) -> bool,
+    /// Whether a member, the leader itself too, has room to write, as far as is known.
+    pub room: &'a dyn Fn(u64) -> bool,
+}
+
+impl Known<'_> {
+    fn can_lead(&self, id: u64) -> bool {
+        (self.caught_up)(id) && (self.room)(id)
+    }
+}
+
+/// The voter to which a leader without room yields; none where it has room, or nobody else has.
+pub fn heir(me: u64, conf: &ConfState, target: &Target, known: &Known<'_>) -> Option<u64> {
+    if (known.room)(me) {
+        return None;
+    }
+    // In the order of the target: the next after it is not the best one by chance only.
+    let wanted = target.voters.iter().filter(|id| conf.voters.contains(id));
+    let mut voters = wanted.chain(&conf.voters).filter(|id| **id != me);
+    voters.find(|id| known.can_lead(**id)).copied()
+}
+
+/// The next step of the leader `me`.
+pub fn next_step(me: u64, conf: &ConfState, target: &Target, known: &Known<'_>) -> Step {
+    if let Some(heir) = heir(me, conf, target, known) {
+        return Step::Transfer(heir);
+    }
     if !conf.voters_outgoing.is_empty() {
         // An empty change leaves the joint configuration.
         return Step::Change(ConfChangeV2::default());
@@ -66,7 +90,7 @@ pub fn next_step(
     if target
         .voters
         .iter()
-        .any(|id| is_learner(id) && !caught_up(*id))
+        .any(|id| is_learner(id) && !(known.caught_up)(*id))
     {
         return Step::Nothing;
     }
@@ -94,10 +118,15 @@ pub fn next_step(
     let preferred = target.voters[0];
     if !target.voters.contains(&me) {
         // Whoever takes over finds one voter too many and removes it.
-        let mut heirs = target.voters.iter().filter(|id| caught_up(**id));
-        return heirs.next().map_or(Step::Nothing, |id| Step::Transfer(*id));
+        let room = (known.room)(me);
+        let can = |id: &&u64| (known.caught_up)(**id) && ((known.room)(**id) || !room);
+        return target
+            .voters
+            .iter()
+            .find(can)
+            .map_or(Step::Nothing, |id| Step::Transfer(*id));
     }
-    if preferred != me && caught_up(preferred) {
+    if preferred != me && known.can_lead(preferred) {
         return Step::Transfer(preferred);
     }
     Step::Nothing
@@ -106,6 +135,11 @@ pub fn next_step(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ALL_WELL: Known<'static> = Known {
+        caught_up: &|_| true,
+        room: &|_| true,
+    };
 
     fn conf(voters: &[u64], learners: &[u64]) -> ConfState {
         ConfState {
@@ -154,7 +188,7 @@ mod tests {
                 conf.voters.contains(&me),
                 "the leader {me} is no voter of {conf:?}"
             );
-            match next_step(me, &conf, target, &|_| true) {
+            match next_step(me, &conf, target, &ALL_WELL) {
                 Step::Nothing => {
                     conf.voters.sort_unstable();
                     conf.learners.sort_unstable();
@@ -198,7 +232,11 @@ mod tests {
     #[test]
     fn nobody_is_promoted_before_it_has_caught_up() {
         let goal = target(&[1, 2], &[]);
-        let step = next_step(1, &conf(&[1], &[2]), &goal, &|id| id != 2);
+        let known = Known {
+            caught_up: &|id| id != 2,
+            ..ALL_WELL
+        };
+        let step = next_step(1, &conf(&[1], &[2]), &goal, &known);
         assert_eq!(step, Step::Nothing);
     }
 
@@ -208,9 +246,63 @@ mod tests {
             voters_outgoing: vec![1],
             ..conf(&[1, 2], &[])
         };
-        let step = next_step(1, &joint, &target(&[], &[]), &|_| true);
+        let step = next_step(1, &joint, &target(&[], &[]), &ALL_WELL);
         assert_eq!(step, Step::Change(ConfChangeV2::default()));
-        let step = next_step(1, &conf(&[1, 2], &[]), &target(&[], &[]), &|_| true);
+        let step = next_step(1, &conf(&[1, 2], &[]), &target(&[], &[]), &ALL_WELL);
         assert_eq!(step, Step::Nothing);
+    }
+
+    #[test]
+    fn a_leader_without_room_yields_to_whoever_has_and_gets_nothing_back_meanwhile() {
+        let (members, goal) = (conf(&[1, 2, 3], &[]), target(&[1, 2, 3], &[]));
+        let step = |me: u64, full: &[u64], behind: &[u64]| {
+            let known = Known {
+                caught_up: &|id| !behind.contains(&id),
+                room: &|id| !full.contains(&id),
+            };
+            next_step(me, &members, &goal, &known)
+        };
+        assert_eq!(step(1, &[1], &[]), Step::Transfer(2));
+        assert_eq!(step(1, &[1, 2], &[]), Step::Transfer(3));
+        assert_eq!(step(1, &[1], &[2]), Step::Transfer(3));
+        assert_eq!(step(1, &[1], &[2, 3]), Step::Nothing);
+        // The preferred one has none: it stays where it is.
+        assert_eq!(step(2, &[1], &[]), Step::Nothing);
+        assert_eq!(step(2, &[], &[]), Step::Transfer(1));
+        // Nobody has: nobody moves.
+        for me in 1..=3 {
+            assert_eq!(step(me, &[1, 2, 3], &[]), Step::Nothing);
+        }
+        // Also in the middle of a change, which it could not finish.
+        let joint = ConfState {
+            voters_outgoing: vec![1, 2],
+            ..conf(&[1, 2, 3], &[])
+        };
+        let known = Known {
+            room: &|id| id != 1,
+            ..ALL_WELL
+        };
+        assert_eq!(next_step(1, &joint, &goal, &known), Step::Transfer(2));
+    }
+
+    #[test]
+    fn leadership_does_not_go_round_in_circles_whoever_has_room() {
+        let goal = target(&[4, 2, 3], &[]);
+        for full in 0..32u64 {
+            let known = Known {
+                room: &|id| full & (1 << id) == 0,
+                ..ALL_WELL
+            };
+            for start in 1..=4u64 {
+                let (members, mut me) = (conf(&[1, 2, 3, 4], &[]), start);
+                let mut moves = 0;
+                // Changes are not made: only where leadership goes is looked at.
+                while let Step::Transfer(to) = next_step(me, &members, &goal, &known) {
+                    me = to;
+                    moves += 1;
+                    assert!(moves < 5, "{full:b} from {start}");
+                }
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The core of several nodes over disks in memory: elections, parked appends, raft snapshots, changes of members, full disks, crashes.
 
 mod common;
+mod room;
 
 use common::{Cluster, add_chunk, chunk, collect, sweep};
 use tidepool_store_core::keys;
@@ -71,6 +72,28 @@ fn an_append_waits_until_its_bodies_are_there() {
             .values()
             .all(|n| n.disk().bodies.contains(&chunk(9)))
     );
+}
+
+#[test]
+fn bodies_that_a_dead_leader_owes_hold_the_next_one_up_no_longer() {
+    let mut c = Cluster::new(&[GROUP], &[1, 2, 3], &[]);
+    let first = c.elect(GROUP, None);
+    c.hangs = Some(first);
+    let owed = c.add(first, GROUP, 7);
+    c.settle();
+    assert!(!c.answers.contains_key(&owed));
+    for other in (1..=3).filter(|n| *n != first) {
+        c.cut.insert((first, other));
+        c.cut.insert((other, first));
+    }
+    let second = c.elect(GROUP, Some(first));
+    let token = c.add(second, GROUP, 8);
+    c.ticks(5);
+    assert!(c.answers[&token].is_ok(), "{:?}", c.answers[&token]);
+    c.cut.clear();
+    c.hangs = None;
+    c.ticks(50);
+    assert!((1..=3).all(|n| has(&c, n, 8) && !has(&c, n, 7)));
 }
 
 #[test]

@@ -241,6 +241,8 @@ impl Node {
                 if self.ticks.is_multiple_of(40) {
                     self.cluster = None;
                 }
+                let room = !self.core.disk().full;
+                self.core.handle(now_ms, Input::Room(room))?;
                 self.core.handle(now_ms, Input::Tick)
             }
             Inbound::Packet { from, packet } => match self.removed.contains(&from) {

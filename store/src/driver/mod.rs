@@ -3,7 +3,8 @@
 //!
 //! A write that fails stops the node: what is on disk is then unknown, and only a restart can tell. The exception is a full
 //! disk, which fails before anything is promised: the core keeps the batch, it is tried again until there is room, writes are refused
-//! meanwhile and reads are answered where that is safe.
+//! meanwhile and reads are answered where that is safe. Before it comes to that the core is told that there is no room, so that
+//! others lead.
 //!
 //! Elsewhere on purpose: all decisions (`store/raft`), storage ([`crate::disk`]), the network (the [`Net`] that is handed in).
 
@@ -28,6 +29,7 @@ use tokio::sync::oneshot;
 use crate::db::{Db, DbError};
 use crate::disk::NodeDisk;
 use crate::error::StoreError;
+use crate::space::Space;
 use crate::stats::Counters;
 use handle::{Answer, Input};
 use views::Views;
@@ -57,6 +59,9 @@ pub(crate) struct Driver<N> {
     reads: HashMap<u64, Answer<()>>,
     next_token: u64,
     counters: Arc<Counters>,
+    space: Arc<Space>,
+    /// The core was told that there is room.
+    room: bool,
     stalled: bool,
     stopping: bool,
     failure: Option<DbError>,
@@ -69,6 +74,7 @@ impl<N: Net + 'static> Driver<N> {
         net: N,
         inputs: Inputs,
         counters: Arc<Counters>,
+        space: Arc<Space>,
         failed: tokio::sync::watch::Sender<Option<String>>,
     ) -> Result<JoinHandle<()>, std::io::Error> {
         let db = core.disk().db.clone();
@@ -82,6 +88,8 @@ impl<N: Net + 'static> Driver<N> {
             reads: HashMap::new(),
             next_token: 0,
             counters,
+            space,
+            room: true,
             stalled: false,
             stopping: false,
             failure: None,
@@ -129,6 +137,7 @@ impl<N: Net + 'static> Driver<N> {
                 if next_tick + TICK * CATCH_UP < now {
                     next_tick = now + TICK;
                 }
+                self.look_for_room()?;
                 self.core.handle(now_ms(), CoreInput::Tick)?;
             }
             // What waits for room on the disk is tried again once a tick.
@@ -148,6 +157,21 @@ impl<N: Net + 'static> Driver<N> {
             Err(DbError::Full(_)) => Ok(()),
             Err(e) => Err(StoreError::Stopped(e.to_string())),
         }
+    }
+
+    fn look_for_room(&mut self) -> Result<(), StoreError> {
+        let room = self.space.may_lead(self.room);
+        if room != self.room {
+            self.room = room;
+            self.core.handle(now_ms(), CoreInput::Room(room))?;
+            self.counters.set_no_room(!room);
+            if room {
+                tracing::info!("there is room on the disk again: this node may lead");
+            } else {
+                tracing::warn!("the disk is nearly full: others lead where they have room");
+            }
+        }
+        Ok(())
     }
 
     fn turn(&mut self) -> Result<(), StoreError> {

@@ -138,7 +138,7 @@ impl Inbox for PeerInbox {
     ) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async move {
             if let Err(why) = self.stored(&coming, bodies).await {
-                tracing::warn!(from, %why, "bodies that were pushed are not stored; they are fetched");
+                tracing::debug!(from, %why, "bodies that were pushed are not stored: they are fetched");
             }
         })
     }

@@ -48,7 +48,7 @@ pub(crate) struct Shared {
     pub(crate) bodies: Arc<dyn BodyStore>,
     pub(crate) writer: BodyWriter,
     pub(crate) damaged: Arc<Damaged>,
-    pub(crate) space: Space,
+    pub(crate) space: Arc<Space>,
     pub(crate) holds: Holds,
     pub(crate) collector: Collector,
     pub(crate) scrubber: Scrubber,
@@ -366,15 +366,47 @@ impl Shared {
     /// Proposes a command that adds something, if there is room.
     async fn write(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
         if self.space.is_full() {
-            return Err(Failure::full());
+            self.led_elsewhere(group)?;
         }
         self.propose(group, op).await
+    }
+
+    /// Why there is no room for a write to some groups that are led here: others take it, or soon will, or nobody can.
+    fn no_room(&self, groups: impl IntoIterator<Item = u32>) -> Failure {
+        let statuses = self.driver.status();
+        for group in groups {
+            let Some(status) = statuses.iter().find(|s| s.group == group) else {
+                return DriverError::NotLeader { group, leader: 0 }.into();
+            };
+            let me = self.node;
+            let conf = &status.conf;
+            if conf.voters == [me] && conf.voters_outgoing.is_empty() {
+                continue;
+            }
+            if !status.leads && status.leader != Some(me) {
+                let leader = status.leader.unwrap_or(0);
+                return DriverError::NotLeader { group, leader }.into();
+            }
+            // Told a moment ago, or not yet.
+            if status.yields || !status.leads || !self.counters.no_room() {
+                return Failure::again(format!(
+                    "the store's disk is full: another node takes over group {group}"
+                ));
+            }
+        }
+        Failure::full()
+    }
+
+    /// Nothing where a group that there is no room for here is led by another node.
+    fn led_elsewhere(&self, group: u32) -> Result<(), Failure> {
+        let why = self.no_room([group]);
+        if why.is_moved() { Ok(()) } else { Err(why) }
     }
 
     /// Proposes a command that frees something, if there is room for its record.
     pub(crate) async fn write_freeing(&self, group: u32, op: op::Op) -> Result<Reply, Failure> {
         if !self.space.may_free() {
-            return Err(Failure::full());
+            self.led_elsewhere(group)?;
         }
         self.propose(group, op).await
     }
@@ -404,10 +436,10 @@ impl Shared {
 
     /// What a client asks of a sandbox's own shard: one that is led elsewhere is asked for there.
     async fn write_sandbox(&self, id: SandboxId, op: op::Op) -> Answer {
-        if self.space.is_full() {
-            return Err(Failure::full());
-        }
         let group = self.map.of_sandbox(&id);
+        if self.space.is_full() {
+            return Err(self.no_room([group]));
+        }
         match self.propose_here(group, Command::new(0, op)).await? {
             Reply::Epoch(e) => Ok(response::Op::Epoch(e.0)),
             _ => Ok(done()),

@@ -169,6 +169,8 @@ pub(crate) struct Cluster {
     mail: VecDeque<(u64, u64, Envelope)>,
     /// Nothing goes from the first to the second.
     pub(crate) cut: BTreeSet<(u64, u64)>,
+    /// Bodies asked of this node never come, and nobody says so.
+    pub(crate) hangs: Option<u64>,
     /// Views of raft snapshots, frozen when their first page was asked for.
     views: BTreeMap<u64, Vec<Row>>,
     next: u64,
@@ -212,6 +214,7 @@ impl Cluster {
             nodes,
             mail: VecDeque::new(),
             cut: BTreeSet::new(),
+            hangs: None,
             views: BTreeMap::new(),
             next: 1000,
             answers: BTreeMap::new(),
@@ -267,6 +270,7 @@ impl Cluster {
             Action::ReadReady { token, result } => {
                 assert!(self.reads.insert(token, result).is_none(), "answered twice");
             }
+            Action::FetchBodies { from, .. } if self.hangs == Some(from) => {}
             Action::FetchBodies {
                 fetch, from, names, ..
             } => {
@@ -396,6 +400,10 @@ impl Cluster {
         let token = self.next;
         self.input(node, Input::Read { group, token });
         token
+    }
+
+    pub(crate) fn room(&mut self, node: u64, room: bool) {
+        self.input(node, Input::Room(room));
     }
 
     pub(crate) fn target(&mut self, group: u32, voters: &[u64], learners: &[u64]) {

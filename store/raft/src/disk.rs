@@ -5,6 +5,9 @@
 //! - what a batch wrote is seen by reads at once;
 //! - [`Disk::has_body`] is true only of a body that is whole and durable *no later than the next synced batch*: one that is still
 //!   being written does not count;
+//! - a deletion of bodies has its place in that order too: it is never durable before the batches that were written before it. Else a crash
+//!   could take back the sweep and not the deletion, and where no other member has applied the sweep either, its entry and the one
+//!   that brought the body are in every log, the body is nowhere, and nobody can say that it is gone;
 //! - [`DiskError::Full`] means that nothing of the batch was written and the same batch may be tried again;
 //! - after [`DiskError::Failed`] nothing is known: the core stops.
 

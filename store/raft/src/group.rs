@@ -497,7 +497,7 @@ fn raft_change(change: ConfChange) -> ConfChangeV2 {
 
 #[cfg(test)]
 mod tests {
-    use raft::eraftpb::ConfState;
+    use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfState, MessageType};
 
     use super::*;
 
@@ -663,5 +663,94 @@ mod tests {
             let data: Vec<_> = disk.applied.iter().map(|(d, _)| d.as_slice()).collect();
             assert_eq!(data, [b"a", b"b"]);
         }
+    }
+
+    /// The first of three voters leads; what `lost` says does not arrive.
+    fn deliver(
+        groups: &mut [Group],
+        disks: &mut [Disk],
+        lost: impl Fn(usize, usize, &Message) -> bool,
+    ) {
+        loop {
+            let mut mail = Vec::new();
+            for (i, group) in groups.iter_mut().enumerate() {
+                mail.extend(turn(group, &mut disks[i]).into_iter().map(|m| (i, m)));
+            }
+            if mail.is_empty() {
+                return;
+            }
+            for (from, message) in mail {
+                let to = message.to as usize - 1;
+                if to < groups.len() && !lost(from, to, &message) {
+                    groups[to].step(message);
+                }
+            }
+        }
+    }
+
+    fn three() -> (Vec<Group>, Vec<Disk>) {
+        let of = |n: &u64| group(*n, &[1, 2, 3], *n, LoadedLog::default());
+        let mut groups: Vec<Group> = [1, 2, 3].iter().map(of).collect();
+        let mut disks: Vec<Disk> = (0..3).map(|_| Disk::default()).collect();
+        groups[0].raw.campaign().unwrap();
+        deliver(&mut groups, &mut disks, |_, _, _| false);
+        assert!(groups[0].is_ready());
+        (groups, disks)
+    }
+
+    fn change(kind: ConfChangeType, node_id: u64) -> ConfChangeV2 {
+        let mut one = ConfChangeSingle {
+            node_id,
+            ..ConfChangeSingle::default()
+        };
+        one.set_change_type(kind);
+        ConfChangeV2 {
+            changes: vec![one],
+            ..ConfChangeV2::default()
+        }
+    }
+
+    #[test]
+    fn a_leader_that_is_removed_by_what_it_took_over_leads_no_more() {
+        let (mut groups, mut disks) = three();
+        let removal = change(ConfChangeType::RemoveNode, 2);
+        groups[0].propose_members(removal).unwrap();
+        // The change reaches the logs of the others; that it is decided they never hear from this leader.
+        let answers = |from: usize, to: usize, _: &Message| from != 0 && to == 0;
+        deliver(&mut groups, &mut disks, answers);
+        let one_is_dead = |from: usize, to: usize, _: &Message| from == 0 || to == 0;
+        for _ in 0..30 {
+            groups[1].tick();
+            groups[2].tick();
+            deliver(&mut groups, &mut disks, one_is_dead);
+        }
+        groups[1].raw.campaign().unwrap();
+        for _ in 0..10 {
+            deliver(&mut groups, &mut disks, one_is_dead);
+            assert!(!groups[1].is_leader() || groups[1].conf().voters.contains(&2));
+            groups[1].tick();
+        }
+        assert!(!groups[1].conf().voters.contains(&2));
+    }
+
+    #[test]
+    fn a_member_that_has_nothing_has_not_caught_up() {
+        let (mut groups, mut disks) = three();
+        groups[0]
+            .propose_members(change(ConfChangeType::AddLearnerNode, 4))
+            .unwrap();
+        deliver(&mut groups, &mut disks, |_, _, _| false);
+        assert_eq!(groups[0].lag(2), Some(0));
+        // It is there and says so, but has not taken anything.
+        let message = Message {
+            msg_type: MessageType::MsgHeartbeatResponse as i32,
+            from: 4,
+            to: 1,
+            term: groups[0].term(),
+            ..Message::default()
+        };
+        groups[0].step(message);
+        assert!(groups[0].commit() < 64);
+        assert_eq!(groups[0].lag(4), None);
     }
 }

@@ -1,5 +1,9 @@
 //! A raft snapshot being fetched: pages of rows into the staging area, then the bodies they name that are not here, and only
 //! then raft is told. The group goes on meanwhile: heartbeats are answered, and if it catches up otherwise the snapshot falls away.
+//!
+//! Bodies are asked for like those of appends, see [`crate::parked`]: of the sender, then of the others in turn. A source that has applied
+//! as much as the view and has neither row nor body of a name proves that it was swept behind the view, whoever the source is: the
+//! view has the row, and both are prefixes of one history.
 
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Message};
@@ -40,6 +44,8 @@ pub(crate) struct Install {
     pub(crate) fetch: Option<u64>,
     /// How many bodies were missing when they were last asked for.
     asked: usize,
+    /// Fetches of bodies that came to nothing, one after the other: each next one goes to another member.
+    pub(crate) in_vain: usize,
     wait: u32,
 }
 
@@ -56,6 +62,7 @@ impl Install {
             gone: Vec::new(),
             fetch: None,
             asked: 0,
+            in_vain: 0,
             wait: 0,
         }
     }
@@ -112,6 +119,7 @@ impl Install {
                 // Nothing came: not at once again.
                 if missing.len() == self.asked {
                     self.asked = 0;
+                    self.in_vain += 1;
                     self.wait = RETRY_TICKS;
                     return Ok(Next::Wait);
                 }
@@ -119,6 +127,7 @@ impl Install {
                 return Ok(Next::Bodies(missing));
             }
             self.asked = 0;
+            self.in_vain = 0;
             self.gone.clear();
             after.clone_from(last);
         }
@@ -194,6 +203,8 @@ impl Install {
     pub(crate) fn failed(&mut self) {
         self.fetch = None;
         if self.bodies_after.is_some() {
+            self.asked = 0;
+            self.in_vain += 1;
             self.wait = RETRY_TICKS;
         } else {
             self.restart();

@@ -98,6 +98,8 @@ pub struct Core<D> {
     pub(crate) outbox: BTreeMap<u64, Vec<Envelope>>,
     pub(crate) actions: VecDeque<Action>,
     pub(crate) pending: Option<Pending>,
+    /// The disk had no room for it.
+    pub(crate) full: bool,
     fetches: BTreeMap<u64, Fetch>,
     next_fetch: u64,
     ticks: u64,
@@ -121,6 +123,7 @@ impl<D: Disk> Core<D> {
             outbox: BTreeMap::new(),
             actions: VecDeque::new(),
             pending: None,
+            full: false,
             fetches: BTreeMap::new(),
             next_fetch: 1,
             ticks: 0,
@@ -179,7 +182,7 @@ impl<D: Disk> Core<D> {
 
     /// Whether a batch waits for room on the disk.
     pub fn stalled(&self) -> bool {
-        self.pending.is_some()
+        self.full
     }
 
     /// What is due outside.
@@ -699,6 +702,12 @@ impl<D: Disk> Core<D> {
             match replica.parked.next(&self.disk)? {
                 parked::Next::Step(message) => replica.group.step(*message),
                 parked::Next::Fetch { from, index, names } => {
+                    let from = source(
+                        replica.group.conf(),
+                        self.cfg.node,
+                        from,
+                        replica.parked.in_vain,
+                    );
                     let fetch = self.fetch(Fetch::Parked(number));
                     self.with(number, |r| r.parked.fetch = Some(fetch));
                     self.actions.push_back(Action::FetchBodies {
@@ -738,6 +747,7 @@ impl<D: Disk> Core<D> {
             }
             install::Next::Bodies(names) => {
                 let index = install.index();
+                let from = source(replica.group.conf(), self.cfg.node, from, install.in_vain);
                 let fetch = self.fetch(Fetch::Install(number));
                 self.with(number, |r| {
                     r.install.iter_mut().for_each(|i| i.fetch = Some(fetch))
@@ -773,6 +783,22 @@ impl<D: Disk> Core<D> {
     }
 }
 
+/// Whom to ask for bodies: the sender of what names them, who should have them, and after fetches in vain the other members in turn.
+fn source(conf: &ConfState, me: u64, sender: u64, in_vain: usize) -> u64 {
+    let all = conf.voters.iter().chain(&conf.voters_outgoing);
+    let all = all.chain(&conf.learners).chain(&conf.learners_next);
+    let mut others: Vec<u64> = all
+        .copied()
+        .filter(|id| ![me, sender].contains(id))
+        .collect();
+    others.sort_unstable();
+    others.dedup();
+    match in_vain % (others.len() + 1) {
+        0 => sender,
+        n => others[n - 1],
+    }
+}
+
 /// Whether only a leader sends this.
 fn is_from_leader(message: &Message) -> bool {
     matches!(
@@ -801,4 +827,22 @@ fn is_member(conf: &ConfState, node: u64) -> bool {
     ]
     .iter()
     .any(|list| list.contains(&node))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_are_asked_for_of_the_sender_first_and_of_the_others_in_turn() {
+        let conf = ConfState {
+            voters: vec![3, 1, 2],
+            learners: vec![4],
+            ..ConfState::default()
+        };
+        let asked: Vec<u64> = (0..5).map(|n| source(&conf, 2, 3, n)).collect();
+        assert_eq!(asked, [3, 1, 4, 3, 1]);
+        // A new replica knows no members yet.
+        assert_eq!(source(&ConfState::default(), 2, 3, 7), 3);
+    }
 }

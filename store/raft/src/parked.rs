@@ -3,8 +3,18 @@
 //! Messages wait in the order they came; the first one's missing bodies are fetched, some at a time, which bounds memory on both
 //! sides. What finds no room is dropped: raft sends it again. What an earlier leader sent is dropped when a later one sends something: it
 //! would be refused, and its bodies may be waited for until the connection to one that died times out.
+//!
+//! The sender is asked first, and after fetches in vain the other members in turn: the sender's own copy may be damaged. A body that
+//! a collection took is nowhere any more, and an entry that brings it must not wait for ever. So a source may call a name *gone*, if it has
+//! neither body nor row and has applied the log up to the last entry here that brings one of the names asked for. That is safe, whoever
+//! says it, leader or not, ahead or behind: what is applied is committed, so something is committed at that entry's index. Either
+//! it is this entry: then it was refused, or what it added was swept at a later index, which is committed too, so that every later leader
+//! has the sweep and every replica that takes the entry comes to it. Or it is another: then this one can never be committed, nor can a node
+//! whose log has it there lead. An index below that of the entry would prove nothing (the leader may have lost the entry, and with
+//! it the body, and this node may win an election with it), and one above it could be out of reach for want of this node's
+//! acknowledgement: hence the index goes by the names that are missing, not by the message.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use prost::Message as _;
 use raft::eraftpb::{Entry, Message};
@@ -40,8 +50,8 @@ pub(crate) fn names_of(entry: &Entry) -> Vec<ChunkName> {
 struct Waiting {
     from: u64,
     message: Message,
-    /// All that its entries bring: their bodies must stay while this waits.
-    names: Vec<ChunkName>,
+    /// All that its entries bring, and the last entry that does: their bodies must stay while this waits.
+    names: BTreeMap<ChunkName, u64>,
     bytes: usize,
 }
 
@@ -49,7 +59,7 @@ struct Waiting {
 pub(crate) enum Next {
     /// Nothing: this one may be stepped.
     Step(Box<Message>),
-    /// These bodies.
+    /// These bodies, which entries up to `index` bring.
     Fetch {
         from: u64,
         index: u64,
@@ -70,12 +80,20 @@ pub(crate) struct Parked {
     pub(crate) wait: u32,
     /// How many bodies were missing when they were last asked for.
     asked: usize,
+    /// Fetches that came to nothing since the last append that was taken: each next one goes to another member.
+    pub(crate) in_vain: usize,
 }
 
 impl Parked {
     /// Takes a message in.
     pub(crate) fn push(&mut self, from: u64, message: Message) {
-        let names: Vec<ChunkName> = message.entries.iter().flat_map(names_of).collect();
+        let brought = |e: &Entry| {
+            names_of(e)
+                .into_iter()
+                .map(|n| (n, e.index))
+                .collect::<Vec<_>>()
+        };
+        let names: BTreeMap<ChunkName, u64> = message.entries.iter().flat_map(brought).collect();
         let bytes = message.entries.iter().map(|e| e.data.len() + 64).sum();
         if (self.queue.front()).is_some_and(|w| w.message.term < message.term) {
             *self = Self::default();
@@ -94,7 +112,7 @@ impl Parked {
 
     /// What the waiting messages bring.
     pub(crate) fn names(&self) -> impl Iterator<Item = &ChunkName> {
-        self.queue.iter().flat_map(|w| &w.names)
+        self.queue.iter().flat_map(|w| w.names.keys())
     }
 
     /// What comes next.
@@ -108,14 +126,15 @@ impl Parked {
             return Ok(Next::Wait);
         };
         let mut missing = Vec::new();
-        for name in &first.names {
+        for (name, index) in &first.names {
             if !self.gone.contains(name) && !disk.has_body(name)? {
-                missing.push(*name);
+                missing.push((*index, *name));
             }
         }
         if missing.is_empty() {
             self.gone.clear();
             self.asked = 0;
+            self.in_vain = 0;
             let Some(first) = self.queue.pop_front() else {
                 return Ok(Next::Wait);
             };
@@ -132,11 +151,13 @@ impl Parked {
         if is_armed(Bug::AppendBeforeBodies) {
             first.names.clear();
         }
+        // In the order of the log: what is asked for first can be applied first.
+        missing.sort_unstable();
         missing.truncate(FETCH_NAMES);
         Ok(Next::Fetch {
             from: first.from,
-            index: first.message.commit,
-            names: missing,
+            index: missing.last().map_or(0, |(index, _)| *index),
+            names: missing.into_iter().map(|(_, name)| name).collect(),
         })
     }
 
@@ -150,6 +171,7 @@ impl Parked {
     pub(crate) fn failed(&mut self) {
         self.fetch = None;
         self.asked = 0;
+        self.in_vain += 1;
         self.wait = RETRY_TICKS;
         // The leader may have changed or died: what it sent is worth nothing if it cannot be completed.
         if let Some(first) = self.queue.pop_front() {

@@ -71,8 +71,9 @@ impl<D: Disk> Core<D> {
             if !pending.ops.is_empty() {
                 let sync = pending.sync && !is_armed(Bug::AckBeforeFsync);
                 match self.disk.write(&pending.ops, sync) {
-                    Ok(()) => {}
+                    Ok(()) => self.full = false,
                     Err(DiskError::Full(_)) => {
+                        self.full = true;
                         self.pending = Some(pending);
                         break;
                     }

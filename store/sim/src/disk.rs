@@ -84,6 +84,13 @@ impl Stored {
 
 type Groups = BTreeMap<u32, Stored>;
 
+/// What a crash keeps in order.
+enum Written {
+    Batch(Vec<DiskOp>),
+    /// Bodies deleted.
+    Deleted(Vec<ChunkName>),
+}
+
 fn perform(groups: &mut Groups, op: &DiskOp) {
     match op {
         DiskOp::Entry { group, entry } => {
@@ -144,12 +151,12 @@ pub(crate) struct SimDisk {
     rng: Rng,
     now: Groups,
     durable: Groups,
-    unsynced: Vec<Vec<DiskOp>>,
+    unsynced: Vec<Written>,
     /// The batch that was being written when the disk failed, and whether it was to be synced.
     in_flight: Option<(Vec<DiskOp>, bool)>,
     bodies: BTreeMap<ChunkName, Body>,
     durable_bodies: BTreeMap<ChunkName, Body>,
-    /// Bodies stored or deleted since the last sync.
+    /// Bodies stored since the last sync and not deleted since.
     dirty: BTreeSet<ChunkName>,
     /// Bodies that were read and found rotten.
     pub(crate) damaged: BTreeSet<ChunkName>,
@@ -261,48 +268,51 @@ impl SimDisk {
     }
 
     fn flush(&mut self) {
-        self.flush_bodies();
-        for batch in std::mem::take(&mut self.unsynced) {
-            batch.iter().for_each(|op| perform(&mut self.durable, op));
+        for written in std::mem::take(&mut self.unsynced) {
+            self.keep(written);
         }
-    }
-
-    fn flush_bodies(&mut self) {
         for name in std::mem::take(&mut self.dirty) {
-            self.keep(name);
+            self.keep_body(name);
         }
     }
 
-    /// Makes durable whether a body is here.
-    fn keep(&mut self, name: ChunkName) {
-        match self.bodies.get(&name) {
-            Some(body) => self.durable_bodies.insert(name, *body),
-            None => self.durable_bodies.remove(&name),
-        };
+    /// Makes durable what was written.
+    fn keep(&mut self, written: Written) {
+        match written {
+            Written::Batch(ops) => ops.iter().for_each(|op| perform(&mut self.durable, op)),
+            Written::Deleted(names) => names.iter().for_each(|n| {
+                self.durable_bodies.remove(n);
+            }),
+        }
+    }
+
+    /// Makes a stored body durable.
+    fn keep_body(&mut self, name: ChunkName) {
+        if let Some(body) = self.bodies.get(&name) {
+            self.durable_bodies.insert(name, *body);
+        }
     }
 
     /// The process or the machine died.
     pub(crate) fn crash(mut self) -> Self {
-        let mut batches = std::mem::take(&mut self.unsynced);
+        let mut written = std::mem::take(&mut self.unsynced);
         let mut synced_at = None;
         if let Some((batch, sync)) = self.in_flight.take() {
-            batches.push(batch);
-            synced_at = sync.then_some(batches.len());
+            written.push(Written::Batch(batch));
+            synced_at = sync.then_some(written.len());
         }
-        let kept = self.rng.below(batches.len() as u64 + 1) as usize;
-        self.stats.batches_lost += (batches.len() - kept) as u64;
+        let kept = self.rng.below(written.len() as u64 + 1) as usize;
+        self.stats.batches_lost += (written.len() - kept) as u64;
         // A batch with a sync is written behind the bodies.
-        if synced_at.is_some_and(|at| at <= kept) {
-            self.flush_bodies();
+        let with_bodies = synced_at.is_some_and(|at| at <= kept);
+        for written in written.into_iter().take(kept) {
+            self.keep(written);
         }
         for name in std::mem::take(&mut self.dirty) {
-            match self.rng.chance(50) {
-                true => self.keep(name),
+            match with_bodies || self.rng.chance(50) {
+                true => self.keep_body(name),
                 false => self.stats.bodies_lost += 1,
             }
-        }
-        for batch in batches.into_iter().take(kept) {
-            batch.iter().for_each(|op| perform(&mut self.durable, op));
         }
         self.now = self.durable.clone();
         self.bodies = self.durable_bodies.clone();
@@ -395,7 +405,7 @@ impl Disk for SimDisk {
             }
             perform(&mut self.now, op);
         }
-        self.unsynced.push(batch.to_vec());
+        self.unsynced.push(Written::Batch(batch.to_vec()));
         // The system writes back now and then by itself.
         if sync || self.rng.chance(2) {
             self.flush();
@@ -461,16 +471,79 @@ impl Disk for SimDisk {
     }
 
     fn delete_bodies(&mut self, group: u32, names: &[ChunkName]) -> Result<(), DiskError> {
+        let mut gone = Vec::new();
         for name in names {
             if self.get(group, &keys::chunk(name))?.is_none()
                 && !self.held.contains_key(name)
                 && self.bodies.remove(name).is_some()
             {
-                self.dirty.insert(*name);
+                gone.push(*name);
+                self.dirty.remove(name);
                 self.damaged.remove(name);
                 self.touched.insert(group);
             }
         }
+        if !gone.is_empty() {
+            self.unsynced.push(Written::Deleted(gone));
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tidepool_store_core::ShardMap;
+
+    use super::*;
+    use crate::content::Content;
+
+    const NAME: ChunkName = ChunkName([7; 32]);
+
+    fn disk(seed: u64) -> SimDisk {
+        let content = Rc::new(Content::new(&mut Rng::new(1, 1), 1, 1));
+        let shards = ShardMap::new(1).unwrap();
+        let checker = Checker::new(content, shards, Stored::default(), 0);
+        SimDisk::new(1, Rc::new(RefCell::new(checker)), Rng::new(seed, 2))
+    }
+
+    fn row(change: impl FnOnce(Vec<u8>) -> Write) -> [DiskOp; 1] {
+        let write = change(keys::chunk(&NAME));
+        [DiskOp::State { group: 1, write }]
+    }
+
+    /// What a crash keeps of a row, a body, and their sweep: in that order.
+    #[test]
+    fn no_crash_keeps_a_deletion_and_not_the_sweep_before_it() {
+        let mut met = BTreeSet::new();
+        for seed in 0..200 {
+            let mut disk = disk(seed);
+            disk.put_body(NAME).unwrap();
+            let value = vec![1];
+            let put = row(|key| Write::Put { key, value });
+            disk.write(&put, true).unwrap();
+            disk.write(&row(|key| Write::Delete { key }), false)
+                .unwrap();
+            disk.delete_bodies(1, &[NAME]).unwrap();
+            assert_eq!(disk.body(&NAME), None);
+            let disk = disk.crash();
+            let has_row = disk.get(1, &keys::chunk(&NAME)).unwrap().is_some();
+            met.insert((has_row, disk.has_body(&NAME).unwrap()));
+        }
+        // Both, the body only, neither; never the row only.
+        let all = [(true, true), (false, true), (false, false)];
+        assert_eq!(met, all.into());
+    }
+
+    #[test]
+    fn what_was_synced_survives_a_crash_and_a_body_stored_again_is_there() {
+        for seed in 0..50 {
+            let mut disk = disk(seed);
+            disk.put_body(NAME).unwrap();
+            disk.delete_bodies(1, &[NAME]).unwrap();
+            disk.put_body(NAME).unwrap();
+            disk.write(&[], true).unwrap();
+            let disk = disk.crash();
+            assert_eq!(disk.body(&NAME), Some(Body::Whole));
+        }
     }
 }

@@ -145,6 +145,8 @@ pub(crate) struct Node {
     removed: BTreeSet<u64>,
     ticks: u64,
     pub(crate) out: Vec<Out>,
+    /// How much of it goes before the disk is waited for.
+    pub(crate) early: usize,
 }
 
 /// How a node starts.
@@ -191,6 +193,7 @@ impl Node {
             removed: BTreeSet::new(),
             ticks: 0,
             out: Vec::new(),
+            early: 0,
         })
     }
 
@@ -213,12 +216,19 @@ impl Node {
 
     /// Takes everything that waits, and has the core take its turn.
     pub(crate) fn process(&mut self, now_us: u64) -> std::result::Result<(), CoreError> {
+        self.early = 0;
         let now_ms = self.clock.wall_ms(now_us);
         bugs::set_clock(now_ms);
         self.core.disk_mut().spent_us = 0;
         while let Some(inbound) = self.inbox.pop_front() {
             self.take(now_ms, inbound)?;
         }
+        // What goes before the disk is waited for goes even if the node dies of its write.
+        self.core.prepare();
+        while let Some(action) = self.core.poll_action() {
+            self.act(now_ms, action)?;
+        }
+        self.early = self.out.len();
         self.core.turn()?;
         while let Some(action) = self.core.poll_action() {
             self.act(now_ms, action)?;

@@ -608,9 +608,11 @@ impl World {
         node.clock = clock;
         let result = node.process(now);
         let at = node.busy_until;
-        let out = std::mem::take(&mut node.out);
+        let mut out = std::mem::take(&mut node.out);
+        let late = out.split_off(node.early);
+        self.send_out(id, run, now, out);
         if let Err(e) = result {
-            // Nothing that it was about to say is said.
+            // Nothing else that it was about to say is said.
             let expected = matches!(
                 &e,
                 tidepool_store_raft::CoreError::Disk(tidepool_store_raft::DiskError::Failed(_))
@@ -623,6 +625,11 @@ impl World {
             let rest = self.rng.between(50_000, 3_000_000);
             return self.after(rest, Event::Restart(id));
         }
+        self.send_out(id, run, at, late);
+    }
+
+    /// Sends what a node said, at a time.
+    fn send_out(&mut self, id: u64, run: u64, at: u64, out: Vec<Out>) {
         for out in out {
             match out {
                 Out::Peer { to, packet } => {

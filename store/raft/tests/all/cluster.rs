@@ -1,9 +1,6 @@
 //! The core of several nodes over disks in memory: elections, parked appends, raft snapshots, changes of members, full disks, crashes.
 
-mod common;
-mod room;
-
-use common::{Cluster, add_chunk, chunk, collect, sweep};
+use crate::common::{Cluster, add_chunk, chunk, collect, sweep};
 use tidepool_store_core::keys;
 use tidepool_store_raft::Rejection;
 
@@ -51,12 +48,7 @@ fn an_append_waits_until_its_bodies_are_there() {
     // The entry without the body, anywhere: no follower may acknowledge it.
     let token = c.propose(leader, GROUP, add_chunk(9));
     let read = c.read(leader, GROUP);
-    for _ in 0..5 {
-        for node in c.nodes.values_mut() {
-            node.turn().unwrap();
-        }
-    }
-    // The fetch answers without the body each time, so the cluster never rests: step by hand.
+    c.ticks(5);
     assert!(!c.answers.contains_key(&token));
     c.nodes
         .get_mut(&leader)

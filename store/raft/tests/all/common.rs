@@ -180,6 +180,19 @@ pub(crate) struct Cluster {
     pub(crate) fetched: (usize, usize),
     /// Rows of a page.
     pub(crate) page_rows: usize,
+    /// Every ask for bodies.
+    pub(crate) asked: Vec<Ask>,
+    /// If there is a list, fetches wait in it, see [`Cluster::release`].
+    pub(crate) held: Option<Vec<(u64, Action)>>,
+}
+
+/// An ask for bodies, by `node` of `from`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Ask {
+    pub(crate) node: u64,
+    pub(crate) from: u64,
+    pub(crate) index: u64,
+    pub(crate) names: Vec<ChunkName>,
 }
 
 fn config(node: u64, run: u64) -> CoreConfig {
@@ -221,6 +234,8 @@ impl Cluster {
             reads: BTreeMap::new(),
             fetched: (0, 0),
             page_rows: 3,
+            asked: Vec::new(),
+            held: None,
         }
     }
 
@@ -256,6 +271,13 @@ impl Cluster {
     }
 
     fn act(&mut self, node: u64, action: Action) {
+        let is_fetch = matches!(
+            action,
+            Action::FetchBodies { .. } | Action::FetchPage { .. }
+        );
+        if let Some(held) = self.held.as_mut().filter(|_| is_fetch) {
+            return held.push((node, action));
+        }
         match action {
             Action::Send { to, envelopes } => {
                 self.mail
@@ -272,26 +294,35 @@ impl Cluster {
             }
             Action::FetchBodies { from, .. } if self.hangs == Some(from) => {}
             Action::FetchBodies {
-                fetch, from, names, ..
+                fetch,
+                from,
+                group,
+                index,
+                names,
             } => {
-                let source = self.nodes.get(&from).map(|n| n.disk().bodies.clone());
-                match source.filter(|_| !self.cut.contains(&(from, node))) {
-                    Some(bodies) => {
-                        let here = names.iter().filter(|n| bodies.contains(n)).copied();
-                        let disk = self.nodes.get_mut(&node).unwrap().disk_mut();
-                        let before = disk.bodies.len();
-                        disk.bodies.extend(here);
-                        self.fetched.1 += disk.bodies.len() - before;
-                        self.input(
-                            node,
-                            Input::BodiesFetched {
-                                fetch,
-                                gone: Vec::new(),
-                            },
-                        );
-                    }
-                    None => self.input(node, Input::FetchFailed { fetch }),
+                self.asked.push(Ask {
+                    node,
+                    from,
+                    index,
+                    names: names.clone(),
+                });
+                if self.cut.contains(&(from, node)) || !self.nodes.contains_key(&from) {
+                    return self.input(node, Input::FetchFailed { fetch });
                 }
+                let source = &self.nodes[&from];
+                let applied = source.status(group).map_or(0, |s| s.applied);
+                let rows = source.disk().rows(group);
+                let (here, absent): (Vec<_>, Vec<_>) = names
+                    .into_iter()
+                    .partition(|n| source.disk().bodies.contains(n));
+                let may_be_gone = applied >= index;
+                let is_gone = |n: &ChunkName| may_be_gone && !rows.contains_key(&keys::chunk(n));
+                let gone = absent.into_iter().filter(is_gone).collect();
+                let disk = self.nodes.get_mut(&node).unwrap().disk_mut();
+                let before = disk.bodies.len();
+                disk.bodies.extend(here);
+                self.fetched.1 += disk.bodies.len() - before;
+                self.input(node, Input::BodiesFetched { fetch, gone });
             }
             Action::FetchPage {
                 fetch,
@@ -305,6 +336,24 @@ impl Cluster {
                 _ => self.input(node, Input::FetchFailed { fetch }),
             },
             Action::Changed { .. } => {}
+        }
+    }
+
+    /// Lets one of the fetches that wait be answered, and others wait still.
+    pub(crate) fn release(&mut self, at: usize) {
+        let (node, action) = self.held.as_mut().unwrap().remove(at);
+        let held = self.held.take();
+        self.act(node, action);
+        self.held = held;
+        self.settle();
+    }
+
+    /// Nothing goes between these and all others.
+    pub(crate) fn part(&mut self, nodes: &[u64]) {
+        for other in self.nodes.keys().filter(|n| !nodes.contains(n)) {
+            for node in nodes {
+                self.cut.extend([(*node, *other), (*other, *node)]);
+            }
         }
     }
 
@@ -447,14 +496,20 @@ pub(crate) fn sweep(round: u64, number: u8) -> Command {
 }
 
 pub(crate) fn add_chunk(number: u8) -> Command {
+    add_chunks(&[number])
+}
+
+pub(crate) fn add_chunks(numbers: &[u8]) -> Command {
+    let names: Vec<u8> = numbers.iter().flat_map(|n| [*n; 32]).collect();
+    let lens: Vec<u8> = numbers.iter().flat_map(|_| 100u32.to_le_bytes()).collect();
     Command::new(
         0,
         op::Op::AddChunks(op::AddChunks {
             session: Bytes::copy_from_slice(&SessionId([1; 16]).0),
             expires_ms: 1 << 40,
-            names: Bytes::copy_from_slice(&[number; 32]),
-            lens: Bytes::copy_from_slice(&100u32.to_le_bytes()),
-            kinds: Bytes::from_static(&[op::BROUGHT]),
+            names: names.into(),
+            lens: lens.into(),
+            kinds: vec![op::BROUGHT; numbers.len()].into(),
         }),
     )
 }

@@ -1,0 +1,7 @@
+//! The core of several nodes over disks in memory, and a network that a test controls.
+
+mod bodies;
+mod cluster;
+mod common;
+mod members;
+mod room;

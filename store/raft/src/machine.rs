@@ -473,12 +473,13 @@ impl<D: Disk> Core<D> {
                     replica.lonely = 0;
                 }
                 // A replica that knows no members has no vote: one that was deleted and made again, its log forgotten, could
-                // otherwise help members of long ago to a quorum.
+                // otherwise help members of long ago to a quorum. One that was removed, and has its log, votes on: those who do
+                // not know of it yet may need it.
                 let asks_for_vote = matches!(
                     message.msg_type(),
                     MessageType::MsgRequestVote | MessageType::MsgRequestPreVote
                 );
-                if asks_for_vote && !is_member(replica.group.conf(), self.cfg.node) {
+                if asks_for_vote && knows_nobody(replica.group.conf()) {
                     return Ok(());
                 }
                 match message.msg_type() {
@@ -815,6 +816,11 @@ pub(crate) fn waiting(all: &mut BTreeMap<u64, u32>, group: u32) -> Vec<u64> {
         all.remove(token);
     }
     tokens
+}
+
+/// Whether this is the list of members of a replica that was just made.
+fn knows_nobody(conf: &ConfState) -> bool {
+    conf.voters.is_empty() && conf.learners.is_empty()
 }
 
 /// Whether a node belongs to a group in any way.

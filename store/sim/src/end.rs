@@ -2,6 +2,7 @@
 
 use tidepool_proto::cluster::NodeState;
 use tidepool_store_core::placement;
+use tidepool_store_raft::GroupStatus;
 
 use crate::world::{Machine, World};
 
@@ -59,6 +60,13 @@ impl World {
         self.env.checker.borrow_mut().check_acks();
     }
 
+    /// What each running node says of a group.
+    fn statuses(&self, group: u32) -> impl Iterator<Item = (u64, Option<GroupStatus>)> {
+        let running = self.machines.iter();
+        let running = running.filter_map(|(id, m)| m.node().map(|n| (*id, n)));
+        running.map(move |(id, node)| (id, node.core.status(group)))
+    }
+
     /// Whether every group is where it should be, and every member has all of it.
     fn is_together(&self) -> Result<(), String> {
         let checker = self.env.checker.borrow();
@@ -102,8 +110,9 @@ impl World {
                     || sorted(&status.conf.learners) != sorted(&target.learners)
                     || !status.conf.voters_outgoing.is_empty()
                 {
+                    let all: Vec<_> = self.statuses(group).collect();
                     return Err(format!(
-                        "node {id} has members {:?} of group {group}, which should be {target:?}",
+                        "node {id} has members {:?} of group {group}, which should be {target:?}: {all:#?}",
                         status.conf
                     ));
                 }

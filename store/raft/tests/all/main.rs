@@ -5,3 +5,4 @@ mod cluster;
 mod common;
 mod members;
 mod room;
+mod votes;

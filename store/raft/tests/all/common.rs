@@ -296,6 +296,7 @@ impl Cluster {
                 index,
                 names,
             } => {
+                assert!(self.asked.len() < 5000, "bodies are asked for again and again");
                 self.asked.push(Ask {
                     node,
                     from,

@@ -719,17 +719,17 @@ mod tests {
         let answers = |from: usize, to: usize, _: &Message| from != 0 && to == 0;
         deliver(&mut groups, &mut disks, answers);
         let one_is_dead = |from: usize, to: usize, _: &Message| from == 0 || to == 0;
-        for _ in 0..30 {
-            groups[1].tick();
-            groups[2].tick();
-            deliver(&mut groups, &mut disks, one_is_dead);
-        }
-        groups[1].raw.campaign().unwrap();
-        for _ in 0..10 {
-            deliver(&mut groups, &mut disks, one_is_dead);
-            assert!(!groups[1].is_leader() || groups[1].conf().voters.contains(&2));
-            groups[1].tick();
-        }
+        let stand_now = Message {
+            msg_type: MessageType::MsgTimeoutNow as i32,
+            from: 1,
+            to: 2,
+            term: groups[1].term(),
+            ..Message::default()
+        };
+        groups[1].step(stand_now);
+        deliver(&mut groups, &mut disks, one_is_dead);
+        assert_eq!(groups[2].leader(), Some(2), "it was not elected");
+        assert!(!groups[1].is_leader());
         assert!(!groups[1].conf().voters.contains(&2));
     }
 

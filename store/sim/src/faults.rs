@@ -1,4 +1,14 @@
 //! What goes wrong. Every seed has a choice of kinds of faults and how often they come, so that some seeds are full of crashes and others of cuts.
+//!
+//! The fault model, that is, all that a store has to bear, together and at any moment:
+//! - messages between nodes, and between clients and nodes, are lost, delayed, doubled, reordered and cut off, one way or both;
+//! - processes and machines crash, one or all of them, in the midst of a write, and lose what was not synced, as [`crate::disk`] says;
+//! - disks are full or slow for a while; processes stand still for a while; clocks are wrong, jump, and go at different rates;
+//! - bodies rot, but not the second copy of one before the first is repaired: only while two other nodes hold it whole;
+//! - machines die for good, but only one at a time (the next when the operator has removed the last), only while every group keeps a majority of
+//!   its voters, two at least, and only while every recorded chunk has a whole copy elsewhere.
+//!
+//! Outside of it: the last whole copy of a body goes, a majority of a group's voters dies, a disk takes back what it said was synced.
 
 use std::collections::BTreeMap;
 
@@ -321,7 +331,7 @@ impl World {
     }
 
     /// Whether a cluster may lose this node for good: every group keeps a quorum of living members, whoever's list of them is
-    /// asked, and every chunk another whole copy on two of them, or on one where there are only two.
+    /// asked, and every recorded chunk a whole copy on another.
     fn can_lose(&self, node: u64) -> bool {
         if !self.shared.dir.borrow().dead.is_empty() {
             return false;

@@ -73,6 +73,7 @@ fn faults_put_in_on_purpose_are_caught() {
         (Bug::ForgetTruncation, 60),
         (Bug::StaleRead, 40),
         (Bug::InstallBeforeBodies, 30),
+        (Bug::SweepNamed, 100),
     ] {
         let (summary, found) = reasons(&plan(0..seeds, Some(bug)));
         assert!(!found.is_empty(), "{bug:?} was not seen in {summary:?}");

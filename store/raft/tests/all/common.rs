@@ -300,6 +300,10 @@ impl Cluster {
                 index,
                 names,
             } => {
+                assert!(
+                    self.asked.len() < 5000,
+                    "bodies are asked for again and again"
+                );
                 self.asked.push(Ask {
                     node,
                     from,

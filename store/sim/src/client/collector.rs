@@ -145,7 +145,13 @@ impl Ctx {
                     round,
                     names: join_names(names),
                 });
-                self.propose(group, sweep).await?;
+                let Reply::Swept { names, .. } = self.propose(group, sweep).await? else {
+                    return Err(Fail::Conflict);
+                };
+                // Somebody may want at once what was just taken.
+                if let Some(name) = self.pick(&names).filter(|_| self.chance(40)) {
+                    let _ = self.revive(name).await;
+                }
             }
             if next.is_empty() {
                 return Ok(());

@@ -160,6 +160,31 @@ impl Ctx {
         Ok(())
     }
 
+    /// Commits a turn that needs this chunk. It is brought before anything else, so that the entries that take it and bring it again come
+    /// close together in the log: a replica that is a little behind applies the first when it has the other already.
+    pub(super) async fn revive(&self, name: ChunkName) -> Result<()> {
+        let content = self.shared.content.clone();
+        let mut of = content.trees.iter().copied();
+        let tree = of.find(|t| content.closure([*t]).contains(&name));
+        self.upload(self.bytes(), &content.closure([tree.unwrap_or(name)]))
+            .await?;
+        let Some(held) = self.obtain().await? else {
+            return Ok(());
+        };
+        let turn = Turn {
+            sandbox: held.id,
+            epoch: held.epoch,
+            turn: held.next,
+            head: held.head,
+            trees: tree.map(|t| [t, t]).or_else(|| self.trees()),
+            processes: None,
+            output: tree.is_none().then_some(name),
+        };
+        self.commit(&turn, None).await?;
+        self.done();
+        Ok(())
+    }
+
     fn trees(&self) -> Option<[ChunkName; 2]> {
         let trees = &self.shared.content.trees;
         Some([self.pick(trees)?, self.pick(trees)?])

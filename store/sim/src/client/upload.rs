@@ -98,7 +98,11 @@ impl Turn {
 
 impl Ctx {
     /// Pins names, and brings those that are missing. Gives the lowest round that all carry.
-    async fn upload(&self, session: [u8; 16], names: &BTreeSet<ChunkName>) -> Result<u64> {
+    pub(super) async fn upload(
+        &self,
+        session: [u8; 16],
+        names: &BTreeSet<ChunkName>,
+    ) -> Result<u64> {
         let ttl_ms = 1000 * (1 + self.below(40));
         let expires_ms = |ctx: &Ctx| 1_800_000_000_000 + ctx.shared.now_us.get() / 1000 + ttl_ms;
         let mut by_group: BTreeMap<u32, Vec<ChunkName>> = BTreeMap::new();

@@ -360,7 +360,7 @@ fn nobody_waits_for_ever_when_a_leader_is_killed() {
     for round in 0..KILLS {
         let n = round % 3 + 1;
         load.longest();
-        // At rest every node leads some of the groups.
+        // At rest most of them lead some of the groups.
         cluster.kill(n);
         pause(4000);
         wait_for_each(&load, 3);

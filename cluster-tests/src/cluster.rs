@@ -309,6 +309,13 @@ impl TestCluster {
         self.nft(n, &rule);
     }
 
+    /// No more than so many KiB a second reach `n` from clients.
+    pub fn slow(&self, n: u64, kib: u32) {
+        let from = format!("ip saddr {}", ip(CLIENT));
+        let rate = format!("limit rate over {kib} kbytes/second burst 32 kbytes");
+        self.nft(n, &format!("add rule inet tp in {from} {rate} drop"));
+    }
+
     /// Every packet arrives again.
     pub fn heal(&self) {
         for n in self.hosts.keys() {

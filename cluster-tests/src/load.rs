@@ -295,6 +295,29 @@ async fn demand(client: &Client, past: Past, turn: u64) {
     assert!(same, "sandbox {} turn {turn}: other bytes", past.sandbox);
 }
 
+/// Stores this many bodies of 64 KiB and reads them back, with one call each.
+///
+/// # Panics
+/// Where a call fails.
+pub async fn put_much(client: &Client, bodies: u64) {
+    let one = |n: u64| {
+        let mut plain = vec![0; 64 << 10];
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"much").update(&n.to_le_bytes());
+        hasher.finalize_xof().fill(&mut plain);
+        let name = key().name(&plain);
+        let body: Bytes = key().encode(&name, &plain, &[], None).into();
+        (name, body)
+    };
+    let all: Vec<(ChunkName, Bytes)> = (0..bodies).map(one).collect();
+    let session = SessionId([0xee; 16]);
+    let put = client.put(session, all.clone()).await.expect("a put");
+    assert_eq!(put.stored + put.present, bodies);
+    let names: Vec<_> = all.iter().map(|(n, _)| *n).collect();
+    let got = client.get(&names).await.expect("a get");
+    assert!(got.iter().eq(all.iter().map(|(_, b)| b)), "other bytes");
+}
+
 /// What was acknowledged.
 pub struct Truth {
     pasts: Vec<Past>,

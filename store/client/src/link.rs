@@ -159,7 +159,10 @@ impl Link {
                     if once {
                         return Ok(Err(moved));
                     }
-                    if moved.leader == 0 {
+                    let leader = self.map().and_then(|m| m.addr(moved.leader));
+                    // One that died is named until the others notice.
+                    let gone = leader.is_none_or(|a| self.suspects.has(a, Instant::now()));
+                    if gone {
                         tries.tried.insert(addr);
                     } else {
                         tries.redirects += 1;

@@ -309,11 +309,12 @@ impl TestCluster {
         self.nft(n, &rule);
     }
 
-    /// No more than so many KiB a second reach `n` from clients.
-    pub fn slow(&self, n: u64, kib: u32) {
-        let from = format!("ip saddr {}", ip(CLIENT));
-        let rate = format!("limit rate over {kib} kbytes/second burst 32 kbytes");
-        self.nft(n, &format!("add rule inet tp in {from} {rate} drop"));
+    /// From now on the clients' host sends no more than so many kbit a second, from a queue of half a second.
+    pub fn slow_client(&self, kbit: u32) {
+        let (netns, rate) = (&self.hosts[&CLIENT].netns, format!("{kbit}kbit"));
+        let mut args = vec!["-n", netns, "qdisc", "add", "dev", "eth0", "root", "tbf"];
+        args.extend(["rate", &rate, "burst", "64kb", "latency", "500ms"]);
+        must("tc", &args);
     }
 
     /// Every packet arrives again.

@@ -12,12 +12,14 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, openat, statat};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::procfs::{directory, link_at, read_at};
-use crate::surroundings::{bounded, gone};
+use crate::surroundings::{bounded, gone, process_key};
 
 /// Descriptors looked at of one process.
 const MAX_DESCRIPTORS: usize = 4096;
 /// Open files of one name that one is compared with.
 const MAX_COMPARED: usize = 8;
+/// Open files that are held for that. Others are read as often as they are met.
+const MAX_HELD: usize = 256;
 /// Bytes of a pipe's or a unix socket's contents looked at; a pipe has no more by default.
 const PEEK: usize = 64 << 10;
 /// The state of a connection that is neither begun nor ending.
@@ -33,14 +35,22 @@ pub(crate) struct Reader {
     pub(crate) objects: BTreeMap<String, String>,
     /// Established ones.
     pub(crate) connections: Connections,
-    /// By its name each open file that was read, with a descriptor that it is behind.
-    open: HashMap<String, Vec<(u32, i32, String)>>,
+    /// The open files that were read, by their names.
+    open: HashMap<String, Vec<Open>>,
+    held: usize,
+}
+
+/// An open file, held by this process until the end of the reading: so it is the one that was read, whatever is behind the descriptor by now.
+#[derive(Debug)]
+struct Open {
+    file: OwnedFd,
+    state: String,
 }
 
 impl Reader {
     /// Adds those of a process.
     pub(crate) fn process(&mut self, pid: u32) -> io::Result<()> {
-        let who = format!("process {pid}");
+        let who = process_key(pid);
         let at = directory(format!("/proc/{pid}"))?;
         self.objects.insert(who.clone(), itself(&at)?);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -71,8 +81,6 @@ impl Reader {
 
     /// Its name and its state. Many descriptors are inherited, and what others can change of one is of the open file: that is read once. The state has
     /// two things that are the descriptor's or the process's own, close-on-exec and record locks, which only a process that runs can change.
-    ///
-    /// Where the other process has put another file of that name behind its number meanwhile, it is the wrong state; but then that process has run, and will be found to have.
     fn descriptor(&mut self, process: &mut Process, fd: i32) -> io::Result<(String, String)> {
         let number = fd.to_string();
         let name = bounded(link_at(&process.descriptors, &number)?);
@@ -80,13 +88,31 @@ impl Reader {
         let known = same
             .iter()
             .take(MAX_COMPARED)
-            .find(|(pid, other, _)| same_file((*pid, *other), (process.pid, fd)));
-        if let Some((_, _, state)) = known {
-            return Ok((name, state.clone()));
+            .find(|o| o.is_at(process.pid, fd));
+        if let Some(open) = known {
+            return Ok((name, open.state.clone()));
         }
+        let file = match self.held {
+            MAX_HELD.. => None,
+            _ => process.copy(fd).ok(),
+        };
         let state = process.state(&name, &number, fd, &mut self.connections)?;
-        same.push((process.pid, fd, state.clone()));
+        let open = file.map(|file| Open {
+            file,
+            state: state.clone(),
+        });
+        // It was behind the descriptor before the reading and is after it, so that it is the one that was read.
+        if let Some(open) = open.filter(|o| o.is_at(process.pid, fd)) {
+            self.held += 1;
+            same.push(open);
+        }
         Ok((name, state))
+    }
+}
+
+impl Open {
+    fn is_at(&self, pid: u32, fd: i32) -> bool {
+        same_file((std::process::id(), self.file.as_raw_fd()), (pid, fd))
     }
 }
 
@@ -185,6 +211,10 @@ impl Process {
             "sigmask:",
             "ticks:",
             "lock:",
+            // What an epoll or inotify descriptor watches, and a timer's interval: another process may share it.
+            "tfd:",
+            "inotify wd:",
+            "it_interval:",
         ];
         let lines = info
             .lines()

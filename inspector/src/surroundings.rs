@@ -48,7 +48,7 @@ pub(crate) struct Rested<'a> {
 }
 
 impl Rested<'_> {
-    /// Whether a process is surely in the namespaces of the first one still: it was, and only a process that runs gets into others.
+    /// Whether a process is surely in the namespaces of the first one still: it was, when it was last read to its end, and only a process that runs gets into others.
     fn as_the_first(&self, pid: u32, first: &BTreeMap<String, String>) -> bool {
         let own = |n: &String| n.ends_with(&of_process(pid));
         let unmoved = || {
@@ -57,6 +57,7 @@ impl Rested<'_> {
         };
         self.pids.contains(&pid)
             && self.earlier.unsure.is_none()
+            && self.earlier.objects.contains_key(&process_key(pid))
             && !self.earlier.namespaces.iter().any(own)
             && unmoved()
     }
@@ -186,6 +187,11 @@ impl Surroundings {
 
 fn of_first(kind: &str, name: &str) -> String {
     format!("{kind} {name} of the first process")
+}
+
+/// Of what a process is itself, among the objects.
+pub(crate) fn process_key(pid: u32) -> String {
+    format!("process {pid}")
 }
 
 fn of_process(pid: u32) -> String {

@@ -102,7 +102,10 @@ pub fn look(
     };
     // Where there are no events at all the tables have to do, and they can: events only add what came and went in between.
     let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;
-    let (processes, happened) = processes(&tasks, before.tasks.as_ref(), init, lost);
+    let (processes, mut happened) = processes(&tasks, before.tasks.as_ref(), init, lost);
+    if effects.from_outside {
+        happened.push("files of the sandbox were written from outside of it".to_owned());
+    }
     // Memory file systems of another mount namespace are not walked.
     let elsewhere = around.mount_namespaces() > 1;
     let same = before.memory.as_ref().map(|m| m.same_as(&memory));

@@ -132,6 +132,7 @@ pub(crate) fn compare(
     workload: Workload,
     rounds: u32,
     processor: Option<usize>,
+    leave_out: &'static [&'static str],
 ) -> Result<Compared> {
     let ground = Ground::make(0)?;
     let lower = ground.path().join("lower");
@@ -139,7 +140,10 @@ pub(crate) fn compare(
     prepare(workload, &lower)?;
     let mut bench = Bench {
         stage: Stage::start(ground, processor)?,
-        inspector: Inspector::load(&InspectorOptions::default())?,
+        inspector: Inspector::load(&InspectorOptions {
+            leave_out,
+            ..InspectorOptions::default()
+        })?,
         line: workload.line(),
         spent: Spent::default(),
     };

@@ -56,6 +56,9 @@ struct Arguments {
     /// Three rounds, fewer turns, smaller storms: a first impression.
     #[arg(long)]
     quick: bool,
+    /// Without this tracepoint on files, to see what it costs; may be repeated. Changes would be missed.
+    #[arg(long)]
+    leave_out: Vec<String>,
     /// Measures nothing: joins the last lines of such outputs (files) into one result; may be repeated.
     #[arg(long)]
     merge: Vec<PathBuf>,
@@ -166,12 +169,18 @@ fn workloads(arguments: &Arguments, processor: Option<usize>) -> Result<Map<Stri
         true => arguments.rounds.min(3),
         false => arguments.rounds,
     };
+    let leave_out: Vec<&'static str> = arguments
+        .leave_out
+        .iter()
+        .map(|name| &*name.clone().leak())
+        .collect();
+    let leave_out = leave_out.leak();
     let mut all = Vec::new();
     for workload in Workload::ALL {
         if !arguments.workload.is_empty() && !arguments.workload.contains(&workload) {
             continue;
         }
-        let compared = compare::compare(workload, rounds, processor)?;
+        let compared = compare::compare(workload, rounds, processor, leave_out)?;
         eprintln!("{}", compared.line());
         all.push(compared);
     }

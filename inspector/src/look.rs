@@ -104,7 +104,7 @@ pub fn look(
     let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;
     let (processes, mut happened) = processes(&tasks, before.tasks.as_ref(), init, lost);
     if effects.from_outside {
-        happened.push("files of the sandbox were written from outside of it".to_owned());
+        happened.push("something outside of the sandbox touched files of it".to_owned());
     }
     // Memory file systems of another mount namespace are not walked.
     let elsewhere = around.mount_namespaces() > 1;

@@ -122,6 +122,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
             "clean_but_captured": counts.looked_twice,
             "full_walks": counts.full_walks,
             "changes_from_outside": counts.outside,
+            "truths_of_another_moment": counts.late,
             "seconds": start.elapsed().as_secs(),
         });
         println!("{line}");

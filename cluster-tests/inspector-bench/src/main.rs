@@ -144,7 +144,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
     if wanted(Part::Storm) {
         let mut storms = Vec::new();
         for pumped in [false, true] {
-            let figures = storm::storm(if quick { 300_000 } else { 1_000_000 }, pumped, processor)?;
+            let figures = storm::storm(if quick { 600_000 } else { 1_000_000 }, pumped, processor)?;
             eprintln!("storm           {figures}");
             storms.push(figures);
         }

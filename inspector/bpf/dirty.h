@@ -2,6 +2,15 @@
 #ifndef TIDEPOOL_DIRTY_H
 #define TIDEPOOL_DIRTY_H
 
+// Whether an inode has been noted in this epoch; see below. Asked first: not even whether the inode is of the upper's filesystem matters then, for one that is not,
+// and has the number of one that is, is not to be noted at all.
+static __always_inline int noted(const struct sandbox *sandbox, u64 ino)
+{
+	u64 epoch = *(volatile u64 *)&sandbox->epoch;
+
+	return *(volatile u64 *)&sandbox->seen[ino & (SEEN - 1)] == (epoch << 32 | (u32)ino) && !(ino >> 32);
+}
+
 // Puts an inode of the sandbox's upper into LOG, once an epoch as a rule.
 //
 // One change of one file raises a dozen events, so a small cache stands before the log: word `ino % SEEN` of `seen` holds
@@ -13,15 +22,13 @@
 //   the log (the next reading has it) and into the cache (where nobody believes it).
 // - A word is written at once, so no mixture of two is ever read. Generations are not in it: two inodes that had one number within one
 //   epoch are reported once, and whatever has that number is read again.
-static __always_inline void note(struct sandbox *sandbox, u64 ino, const u32 *generation)
+static __always_inline void note(struct sandbox *sandbox, u64 ino, u32 generation)
 {
 	u64 epoch = *(volatile u64 *)&sandbox->epoch;
 	u64 word = epoch << 32 | (u32)ino;
 	volatile u64 *seen = &sandbox->seen[ino & (SEEN - 1)];
 	struct dirty *dirty;
 
-	if (*seen == word && !(ino >> 32))
-		return;
 	if (sandbox->full == epoch)
 		return;
 	if (sandbox->logged >= sandbox->allow)
@@ -31,7 +38,7 @@ static __always_inline void note(struct sandbox *sandbox, u64 ino, const u32 *ge
 		goto full;
 	dirty->ino = ino;
 	dirty->slot = sandbox->slot;
-	dirty->generation = *generation;
+	dirty->generation = generation;
 	dirty->epoch = epoch;
 	bpf_ringbuf_submit(dirty, BPF_RB_NO_WAKEUP);
 	// Fetching, for the order: an addition alone has none on some processors.

@@ -3,7 +3,7 @@
 // Three hooks, because none sees everything: writeback_mark_inode_dirty misses what changes directory
 // entries only, and both mark_inode_dirty hooks miss small extended attributes and inode flags, which
 // only start a journal handle.
-#include "dirty.h"
+#include "outside.h"
 
 #if DIRECT
 #define FILE_HOOK(tracepoint) SEC("tp_btf/" tracepoint)
@@ -18,16 +18,22 @@
 // Each of the three has the inode as its first argument.
 static __always_inline int note_dirty(const struct inode *inode)
 {
+	struct task_struct *task = bpf_get_current_task_btf();
 	struct sandbox *sandbox;
-	u32 generation, level;
+	u32 level;
+	u64 ino;
 
-	sandbox = sandbox_of(bpf_get_current_task_btf(), &level);
-	if (!sandbox)
+	sandbox = sandbox_of(task, &level);
+	if (!sandbox) {
+		note_outside(task, inode, DEVICE(inode));
+		return 0;
+	}
+	ino = GET(inode, i_ino);
+	if (noted(sandbox, ino))
 		return 0;
 	if (DEVICE(inode) != sandbox->dev)
 		return 0; // pipes, proc, the overlay itself, other mounts
-	generation = GET(inode, i_generation);
-	note(sandbox, GET(inode, i_ino), &generation);
+	note(sandbox, ino, GET(inode, i_generation));
 	return 0;
 }
 

@@ -10,10 +10,6 @@
 // Not seen: a descriptor that another thread replaces between this look at it and the kernel's own.
 
 #define FMODE_WRITE 0x2
-#define S_IFMT 0170000
-#define S_IFREG 0100000
-#define S_IFDIR 0040000
-#define S_IFBLK 0060000
 #define O_ACCMODE 03
 #define O_MAKES (0100 | 01000 | 020000000) // O_CREAT, O_TRUNC, the bit of O_TMPFILE
 #define MAP_TYPE 0xf

@@ -5,7 +5,7 @@
 // the same as for the other sets: an event may be ahead of its change for as long as its task is in the kernel.
 //
 // Linux 6.6: before, some of the functions had other arguments.
-#include "dirty.h"
+#include "outside.h"
 
 #define MAY_WRITE 0x2
 #define MAY_APPEND 0x8
@@ -13,14 +13,20 @@
 
 static __always_inline void note_inode(const struct inode *inode)
 {
+	struct task_struct *task = bpf_get_current_task_btf();
 	struct sandbox *sandbox;
-	u32 generation, level;
+	u32 level;
 
-	sandbox = sandbox_of(bpf_get_current_task_btf(), &level);
-	if (!sandbox || !inode || inode->i_sb->s_dev != sandbox->dev)
+	if (!inode)
 		return;
-	generation = inode->i_generation;
-	note(sandbox, inode->i_ino, &generation);
+	sandbox = sandbox_of(task, &level);
+	if (!sandbox) {
+		note_outside(task, inode, inode->i_sb->s_dev);
+		return;
+	}
+	if (noted(sandbox, inode->i_ino) || inode->i_sb->s_dev != sandbox->dev)
+		return;
+	note(sandbox, inode->i_ino, inode->i_generation);
 }
 
 #define ENTRY(function) SEC("fentry/" #function) int function(u64 *ctx)

@@ -77,7 +77,11 @@ struct file {
 };
 
 struct dentry {
+	struct dentry *d_parent;
 	struct inode *d_inode;
+	union {
+		struct hlist_node d_alias;
+	} d_u;
 };
 
 struct fdtable {
@@ -147,6 +151,8 @@ struct inode {
 	u16 i_mode;
 	struct super_block *i_sb;
 	unsigned long i_ino;
+	unsigned int i_nlink;
+	struct hlist_head i_dentry;
 	u32 i_generation;
 };
 
@@ -166,6 +172,11 @@ struct bpf_iter__task {
 #pragma clang attribute pop
 
 #define PF_KTHREAD 0x00200000
+
+#define S_IFMT 0170000
+#define S_IFREG 0100000
+#define S_IFDIR 0040000
+#define S_IFBLK 0060000
 
 // SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, as bits of a set.
 #define STOP_SIGNALS 0x3c0000ul

@@ -15,6 +15,22 @@ struct {
 	__type(value, struct sandbox);
 } SANDBOXES SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct outside);
+} OUTSIDE SEC(".maps");
+
+// Roots of uppers, with the cell of their sandbox.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, CELLS);
+	__type(key, struct upper);
+	__type(value, u32);
+} UPPERS SEC(".maps");
+
 // Dirtied inodes of all sandboxes, in order. Never a map that evicts: that would be a missed change nobody hears of.
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);

@@ -27,11 +27,36 @@ struct sandbox {
 	u64 calls;       // the `syscalls` set: calls that may have changed files
 	u64 last_call;   // one of them
 	u64 rings;       // the `syscalls` set: asynchronous rings made; they act without calls
-	u64 pad2;
+	u64 outside;     // changes made from outside
 
-	u64 seen[SEEN]; // see note_dirty
+	u64 seen[SEEN]; // see note in dirty.h
 };
 _Static_assert(sizeof(struct sandbox) == 128 + 8 * SEEN, "mirrored in cells.rs");
+
+// Words of the cache in front of the look at where a file is, a power of two.
+#define KNOWN 1024
+// Devices that uppers may be on, before every device is looked at.
+#define DEVICES 4
+
+// What is known of changes by tasks outside of all sandboxes: the one cell of OUTSIDE, mapped into the loader's memory (src/outside.rs mirrors it).
+struct outside {
+	u32 own;           // the loader's process, whose doing is not reported
+	u32 dev[DEVICES];  // devices of uppers, kernel form; 0 where there are fewer
+	u32 more;          // there are more
+	u64 generation;    // of `known`; moves where something may have come to lie in an upper
+	u64 changed;       // when something in an upper was last changed from outside, by the kernel's coarse clock
+	u64 beyond;        // changes of which could not be told where they were
+	u64 known[KNOWN];  // {generation, inode}: surely in no upper. See note_outside
+};
+_Static_assert(sizeof(struct outside) == 48 + 8 * KNOWN, "mirrored in outside.rs");
+
+// The root of an upper.
+struct upper {
+	u64 ino;
+	u32 dev;
+	u32 pad;
+};
+_Static_assert(sizeof(struct upper) == 16, "mirrored in outside.rs");
 
 // An entry of LOG.
 struct dirty {

@@ -40,7 +40,7 @@ struct Cell {
     calls: AtomicU64,
     last_call: AtomicU64,
     rings: AtomicU64,
-    pad2: AtomicU64,
+    outside: AtomicU64,
     seen: [AtomicU64; SEEN],
 }
 
@@ -49,6 +49,13 @@ const _: () = assert!(size_of::<Cell>() == 128 + 8 * SEEN);
 /// The place of a registered sandbox. Only [`Cells`] makes them, so they are in bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place(u32);
+
+impl Place {
+    /// By which the programs know it.
+    pub(crate) fn number(self) -> u32 {
+        self.0
+    }
+}
 
 pub(crate) struct Cells {
     memory: NonNull<Cell>,
@@ -126,6 +133,7 @@ impl Cells {
             calls: get(&cell.calls),
             last_call: get(&cell.last_call),
             rings: get(&cell.rings),
+            outside: get(&cell.outside),
         }
     }
 

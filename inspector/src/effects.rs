@@ -35,6 +35,8 @@ pub struct Effects {
     pub execs: Vec<ExecEvent>,
     /// Tasks that ended, in order.
     pub exited: Vec<ExitEvent>,
+    /// Some of the files were changed by a task that is in no sandbox.
+    pub from_outside: bool,
     /// The three lists are incomplete: compare task tables instead.
     pub process_events_lost: bool,
     /// Where this reading ended, for [`Inspector::activity_since`](crate::Inspector::activity_since).

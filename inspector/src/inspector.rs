@@ -27,7 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::cells::MOST;
 use crate::effects::{Effects, Mark, SandboxSlot, Target};
 use crate::error::InspectorError;
-use crate::load::Hooks;
+use crate::load::{Hooks, kernel};
+use crate::outside;
 use crate::pending::{Bounds, Pending};
 use crate::probes::ProbeSet;
 use crate::raw::Counters;
@@ -58,6 +59,9 @@ pub struct InspectorOptions {
     /// Look for the tasks of a sandbox among all tasks of the host. Only for tests.
     #[doc(hidden)]
     pub whole_readings: bool,
+    /// Do not look at what the host does to uppers. Only for tests that show what that is needed for: changes are missed.
+    #[doc(hidden)]
+    pub ignore_outside: bool,
     /// Tracepoints on files that are not attached to. Only for tests that show what each is needed for: changes are missed.
     #[doc(hidden)]
     pub leave_out: &'static [&'static str],
@@ -74,6 +78,7 @@ impl Default for InspectorOptions {
             max_watched_tasks: 65_536,
             plainest_form: false,
             whole_readings: false,
+            ignore_outside: false,
             leave_out: &[],
         }
     }
@@ -162,6 +167,7 @@ impl Inspector {
             },
             quota: u64::from(options.max_dirty_inodes.max(1)),
             max_sandboxes: options.max_sandboxes.clamp(1, MOST),
+            ignore_outside: options.ignore_outside,
             own_pid_ns: crate::pid_ns_inode(std::process::id()).ok(),
             next_slot: 1,
             quick_readings: 0,
@@ -208,12 +214,15 @@ impl Inspector {
             .ok()
             .filter(|inode| *inode != 0)
             .ok_or_else(|| refuse("that is not the inode of a namespace"))?;
-        let dev = std::fs::metadata(&target.upper_dir)
-            .map_err(|source| InspectorError::Upper {
+        let upper =
+            std::fs::metadata(&target.upper_dir).map_err(|source| InspectorError::Upper {
                 path: target.upper_dir.clone(),
                 source,
-            })?
-            .dev();
+            })?;
+        let (dev, root) = (
+            upper.dev(),
+            outside::upper(upper.ino(), kernel_dev(upper.dev())),
+        );
         let state = &mut *self.lock();
         if state.own_pid_ns == Some(target.pid_ns_inode) {
             return Err(refuse("it is the namespace of the watching process itself"));
@@ -242,7 +251,7 @@ impl Inspector {
             ProbeSet::Ext4 => supports(&target.upper_dir).err(),
             _ => None,
         };
-        let (mut place, mut seen, mut epoch) = (None, Counters::default(), 0);
+        let (mut place, mut seen, mut epoch, mut beyond) = (None, Counters::default(), 0, 0);
         if let Some(hooks) = &mut state.hooks {
             hooks.attach()?;
             let taken = hooks
@@ -252,6 +261,13 @@ impl Inspector {
                     limit: state.max_sandboxes,
                 })?;
             place = Some(taken);
+            if !state.ignore_outside
+                && let Err(e) = hooks.outside.add(root, kernel_dev(dev), taken)
+            {
+                hooks.cells.free(taken);
+                return Err(kernel("the upper cannot be made known", e));
+            }
+            beyond = hooks.outside.beyond();
             (epoch, seen) = hooks.cells.turn(taken);
         }
         let first = "this is the first reading since the sandbox was registered";
@@ -261,6 +277,8 @@ impl Inspector {
                 pid_ns,
                 place,
                 dev,
+                upper: (root, kernel_dev(dev)),
+                beyond,
                 blind,
                 seen,
                 mapped: true,

@@ -27,6 +27,7 @@ pub mod look;
 mod mappings;
 pub mod memory;
 mod objects;
+mod outside;
 mod pending;
 mod probes;
 mod procfs;

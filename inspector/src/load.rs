@@ -16,6 +16,7 @@ use crate::calls::{Calls, TaskCalls};
 use crate::cells::Cells;
 use crate::error::InspectorError;
 use crate::inspector::chain;
+use crate::outside::Outside;
 use crate::probes::ProbeSet;
 use crate::programs::{Object, objects};
 use crate::raw::{self, Event, Task};
@@ -51,6 +52,7 @@ pub(crate) struct Hooks {
     /// Detach when dropped. Empty while no sandbox is registered.
     links: Vec<Box<dyn Any + Send>>,
     pub(crate) cells: Cells,
+    pub(crate) outside: Outside,
     wanted: Array<MapData, u32>,
     log: RingBuf<MapData>,
     events: RingBuf<MapData>,
@@ -145,8 +147,15 @@ impl Hooks {
         let cells = Cells::map(sandboxes.fd().as_fd())
             .map_err(|e| kernel("the table of sandboxes cannot be mapped", e))?;
         let wrong = |e: aya::maps::MapError| InspectorError::Object(format!("a usable map ({e})"));
+        let Map::Array(outside) = map(&mut ebpf, "OUTSIDE")? else {
+            return Err(InspectorError::Object("an array named OUTSIDE".into()));
+        };
+        let uppers = HashMap::try_from(map(&mut ebpf, "UPPERS")?).map_err(wrong)?;
+        let outside = Outside::map(outside.fd().as_fd(), uppers)
+            .map_err(|e| kernel("what is known of changes from outside cannot be mapped", e))?;
         let mut this = Self {
             cells,
+            outside,
             wanted: Array::try_from(map(&mut ebpf, "WANTED")?).map_err(wrong)?,
             log: RingBuf::try_from(map(&mut ebpf, "LOG")?).map_err(wrong)?,
             events: RingBuf::try_from(map(&mut ebpf, "EVENTS")?).map_err(wrong)?,

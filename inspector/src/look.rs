@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::memory::MemoryFiles;
+use crate::surroundings::{Rested, mount_table};
 use crate::{
     FileEffects, Inspector, InspectorError, Mark, ProbeSet, RanBecause, SandboxSlot, Surroundings,
     TaskTable,
@@ -88,14 +89,25 @@ pub fn look(
 ) -> Result<Look, InspectorError> {
     let tasks = inspector.tasks(slot)?;
     let effects = inspector.take(slot)?;
-    let memory = MemoryFiles::read(init);
+    let mounts = mount_table(init);
+    let memory = MemoryFiles::of(init, mounts.as_deref());
     let ipc = inspector.ipc_in_use(slot, init)?;
-    let around = Surroundings::read(init, &living(&tasks, init));
+    let alive = living(&tasks, init);
+    let rested = before.tasks.as_ref().map(|t| rested(&tasks, t, &alive));
+    let rested = rested.as_ref().zip(before.around.as_ref());
+    let rested = rested.map(|(pids, earlier)| Rested { earlier, pids });
+    let around = match &mounts {
+        Ok(mounts) => Surroundings::again(init, &alive, mounts, rested),
+        Err(e) => Surroundings::unreadable(e),
+    };
     // Where there are no events at all the tables have to do, and they can: events only add what came and went in between.
     let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;
-    let (processes, happened) = processes(&tasks, before.tasks.as_ref(), init, lost);
+    let (processes, mut happened) = processes(&tasks, before.tasks.as_ref(), init, lost);
+    if effects.from_outside {
+        happened.push("something outside of the sandbox touched files of it".to_owned());
+    }
     // Memory file systems of another mount namespace are not walked.
-    let elsewhere = around.namespaces.iter().any(|n| n.starts_with("mnt "));
+    let elsewhere = around.mount_namespaces() > 1;
     let same = before.memory.as_ref().map(|m| m.same_as(&memory));
     let memory_changed = match same {
         _ if ipc || elsewhere || memory.unsure.is_some() => Changed::Unknown,
@@ -122,6 +134,13 @@ pub fn look(
 fn living(tasks: &TaskTable, init: u32) -> BTreeSet<u32> {
     let others = tasks.tasks.iter().filter(|t| t.tgid != init && !t.exited);
     others.map(|t| t.tgid).collect()
+}
+
+/// Those of the living that have not run since an earlier reading.
+fn rested(now: &TaskTable, earlier: &TaskTable, alive: &BTreeSet<u32>) -> BTreeSet<u32> {
+    let ran = now.ran_since(earlier);
+    let ran: BTreeSet<u32> = ran.iter().map(|r| r.task.tgid).collect();
+    alive.difference(&ran).copied().collect()
 }
 
 fn processes(
@@ -213,6 +232,8 @@ mod tests {
         let now = table(&[task(1), ran, task(3), task(4), ended]);
         let before = table(&[task(2), task(3), task(5), task(6)]);
         let (seen, happened) = processes(&now, Some(&before), 1, true);
+        let alive = living(&now, 1);
+        assert_eq!(rested(&now, &before, &alive), BTreeSet::from([3]));
         let counts = (seen.alive, seen.ran, seen.born, seen.exited);
         assert_eq!(counts, (3, Some(1), Some(1), Some(2)));
         assert!(seen.lost && happened.contains(&"2 sleep: ran".to_owned()));

@@ -17,7 +17,8 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
-use crate::procfs::{read_whole, whole};
+use crate::procfs::whole;
+use crate::surroundings::mount_table;
 
 /// Entries looked at in one sandbox's memory-backed file systems before giving up on telling.
 const MAX_ENTRIES: u64 = 50_000;
@@ -43,32 +44,39 @@ impl MemoryFiles {
     /// Reads those of the sandbox whose init has this host process id.
     #[must_use]
     pub fn read(init_pid: u32) -> Self {
-        let mut walk = Walk {
-            hasher: blake3::Hasher::new(),
-            entries: 0,
-            bytes: 0,
+        Self::of(init_pid, mount_table(init_pid).as_deref())
+    }
+
+    /// The same with its mount table at hand.
+    pub(crate) fn of(init_pid: u32, mounts: Result<&[u8], &io::Error>) -> Self {
+        let mut walk = Walk::default();
+        let walked = match mounts {
+            Ok(mounts) => walk.all(init_pid, mounts).map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
         };
-        let unsure = walk
-            .all(init_pid)
-            .err()
-            .map(|e| format!("memory-backed files: {e}"));
         Self {
             digest: *walk.hasher.finalize().as_bytes(),
-            unsure,
+            unsure: walked.err().map(|e| format!("memory-backed files: {e}")),
         }
     }
 }
 
+#[derive(Default)]
 struct Walk {
     hasher: blake3::Hasher,
     entries: u64,
     bytes: u64,
+    /// For names of attributes, and for values and contents; made when needed, and once.
+    buffers: [Vec<u8>; 2],
 }
 
+/// The most that an attribute, or the names of all of a file, can be.
+const BUFFER: usize = 64 << 10;
+
 impl Walk {
-    fn all(&mut self, init_pid: u32) -> io::Result<()> {
+    fn all(&mut self, init_pid: u32, mounts: &[u8]) -> io::Result<()> {
         let root = PathBuf::from(format!("/proc/{init_pid}/root"));
-        for (mount, queues) in memory_mounts(init_pid)? {
+        for (mount, queues) in memory_mounts(mounts) {
             let relative = mount.strip_prefix("/").unwrap_or(&mount);
             let at = rustix::fs::open(
                 root.join(relative),
@@ -164,7 +172,9 @@ impl Walk {
     /// Extended attributes, where the file system keeps any.
     fn attributes(&mut self, fd: &OwnedFd) -> io::Result<()> {
         use rustix::fs::{fgetxattr, flistxattr};
-        let mut names = vec![0u8; 64 << 10];
+        let [names, value] = &mut self.buffers;
+        names.resize(BUFFER, 0);
+        value.resize(BUFFER, 0);
         let len = match flistxattr(fd, &mut names[..]) {
             Ok(len) => len,
             Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOSYS) => return Ok(()),
@@ -172,7 +182,6 @@ impl Walk {
         };
         let mut names: Vec<&[u8]> = names[..len].split(|b| *b == 0).collect();
         names.sort_unstable();
-        let mut value = vec![0u8; 64 << 10];
         for name in names.into_iter().filter(|n| !n.is_empty()) {
             let len = fgetxattr(fd, name, &mut value[..])?;
             self.hasher.update(name);
@@ -193,21 +202,21 @@ impl Walk {
         }
         self.hasher.update(&len.to_le_bytes());
         let mut file = fs::File::from(file).take(MAX_BYTES);
-        let mut buf = vec![0; 64 << 10];
+        let [_, buffer] = &mut self.buffers;
+        buffer.resize(BUFFER, 0);
         loop {
-            match file.read(&mut buf)? {
+            match file.read(buffer)? {
                 0 => return Ok(()),
-                n => self.hasher.update(&buf[..n]),
+                n => self.hasher.update(&buffer[..n]),
             };
         }
     }
 }
 
-/// Mount points of tmpfs, and of message queues (true), as the sandbox sees them.
-fn memory_mounts(init_pid: u32) -> io::Result<Vec<(PathBuf, bool)>> {
-    let info = read_whole(format!("/proc/{init_pid}/mountinfo"))?;
+/// Mount points of tmpfs, and of message queues (true), in a mount table.
+fn memory_mounts(table: &[u8]) -> Vec<(PathBuf, bool)> {
     let mut mounts = Vec::new();
-    for line in info.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+    for line in table.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
         let kind = fields
             .iter()
@@ -222,7 +231,7 @@ fn memory_mounts(init_pid: u32) -> io::Result<Vec<(PathBuf, bool)>> {
         }
     }
     mounts.sort();
-    Ok(mounts)
+    mounts
 }
 
 /// Undoes mountinfo's octal escapes.
@@ -327,11 +336,7 @@ mod tests {
         let file = dir.path().join("f");
         fs::write(&file, b"one").unwrap();
         let look = || {
-            let mut walk = Walk {
-                hasher: blake3::Hasher::new(),
-                entries: 0,
-                bytes: 0,
-            };
+            let mut walk = Walk::default();
             let fd = rustix::fs::open(
                 dir.path(),
                 OFlags::RDONLY | OFlags::DIRECTORY,

@@ -3,20 +3,23 @@
 //! Descriptors are duplicated into this process for a moment (`pidfd_getfd`) and asked; nothing is consumed. The states are texts, to be
 //! compared for equality and shown to people.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, statat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, openat, statat};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::procfs::{directory, link_at, read_at};
-use crate::surroundings::{bounded, gone};
+use crate::surroundings::{bounded, gone, process_key};
 
 /// Descriptors looked at of one process.
 const MAX_DESCRIPTORS: usize = 4096;
+/// Open files of one name that one is compared with.
+const MAX_COMPARED: usize = 8;
+/// Open files that are held for that. Others are read as often as they are met.
+const MAX_HELD: usize = 256;
 /// Bytes of a pipe's or a unix socket's contents looked at; a pipe has no more by default.
 const PEEK: usize = 64 << 10;
 /// The state of a connection that is neither begun nor ending.
@@ -25,41 +28,101 @@ const TCP_ESTABLISHED: u8 = 1;
 /// The ends of connections, the own one first.
 pub(crate) type Connections = BTreeSet<(SocketAddr, SocketAddr)>;
 
-/// Adds the objects of a process, by `process PID thing`, and its established connections.
-pub(crate) fn of_process(
-    pid: u32,
-    into: &mut BTreeMap<String, String>,
-    connections: &mut Connections,
-) -> io::Result<()> {
-    let who = format!("process {pid}");
-    let at = directory(format!("/proc/{pid}"))?;
-    into.insert(who.clone(), itself(&at)?);
-    let not = io::Error::from_raw_os_error(libc::ESRCH);
-    let number = Pid::from_raw(pid.cast_signed()).ok_or(not)?;
-    let process = Process {
-        links: directory(format!("/proc/{pid}/fd"))?,
-        infos: directory(format!("/proc/{pid}/fdinfo"))?,
-        handle: pidfd_open(number, PidfdFlags::empty())?,
-    };
-    for (count, entry) in fs::read_dir(format!("/proc/{pid}/fd"))?.enumerate() {
-        if count >= MAX_DESCRIPTORS {
-            return Err(io::Error::other(format!(
-                "{who} has more than {MAX_DESCRIPTORS} descriptors"
-            )));
-        }
-        let name = entry?.file_name();
-        let Some(name) = name.to_str() else { continue };
-        let Ok(fd) = name.parse() else { continue };
-        match process.descriptor(name, fd, connections) {
-            Ok((what, state)) => {
-                into.insert(format!("{who} descriptor {fd} {what}"), state);
+/// Reads what the processes of one sandbox hold, one process after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    /// By `process PID thing`.
+    pub(crate) objects: BTreeMap<String, String>,
+    /// Established ones.
+    pub(crate) connections: Connections,
+    /// The open files that were read, by their names.
+    open: HashMap<String, Vec<Open>>,
+    held: usize,
+}
+
+/// An open file, held by this process until the end of the reading: so it is the one that was read, whatever is behind the descriptor by now.
+#[derive(Debug)]
+struct Open {
+    file: OwnedFd,
+    state: String,
+}
+
+impl Reader {
+    /// Adds those of a process.
+    pub(crate) fn process(&mut self, pid: u32) -> io::Result<()> {
+        let who = process_key(pid);
+        let at = directory(format!("/proc/{pid}"))?;
+        self.objects.insert(who.clone(), itself(&at)?);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut process = Process {
+            pid,
+            descriptors: openat(&at, "fd", flags, Mode::empty())?,
+            at,
+            handle: None,
+        };
+        for (count, fd) in process.numbers()?.into_iter().enumerate() {
+            if count >= MAX_DESCRIPTORS {
+                return Err(io::Error::other(format!(
+                    "{who} has more than {MAX_DESCRIPTORS} descriptors"
+                )));
             }
-            // Closed meanwhile.
-            Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EBADF) => {}
-            Err(e) => return Err(e),
+            match self.descriptor(&mut process, fd) {
+                Ok((what, state)) => {
+                    let key = format!("{who} descriptor {fd} {what}");
+                    self.objects.insert(key, state);
+                }
+                // Closed meanwhile.
+                Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EBADF) => {}
+                Err(e) => return Err(e),
+            }
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Its name and its state. Many descriptors are inherited, and what others can change of one is of the open file: that is read once. The state has
+    /// two things that are the descriptor's or the process's own, close-on-exec and record locks, which only a process that runs can change.
+    fn descriptor(&mut self, process: &mut Process, fd: i32) -> io::Result<(String, String)> {
+        let number = fd.to_string();
+        let name = bounded(link_at(&process.descriptors, &number)?);
+        let same = self.open.entry(name.clone()).or_default();
+        let known = same
+            .iter()
+            .take(MAX_COMPARED)
+            .find(|o| o.is_at(process.pid, fd));
+        if let Some(open) = known {
+            return Ok((name, open.state.clone()));
+        }
+        let file = match self.held {
+            MAX_HELD.. => None,
+            _ => process.copy(fd).ok(),
+        };
+        let state = process.state(&name, &number, fd, &mut self.connections)?;
+        let open = file.map(|file| Open {
+            file,
+            state: state.clone(),
+        });
+        // It was behind the descriptor before the reading and is after it, so that it is the one that was read.
+        if let Some(open) = open.filter(|o| o.is_at(process.pid, fd)) {
+            self.held += 1;
+            same.push(open);
+        }
+        Ok((name, state))
+    }
+}
+
+impl Open {
+    fn is_at(&self, pid: u32, fd: i32) -> bool {
+        same_file((std::process::id(), self.file.as_raw_fd()), (pid, fd))
+    }
+}
+
+/// Whether two descriptors of two processes are one open file. Where the kernel cannot say, they are not.
+fn same_file(one: (u32, i32), other: (u32, i32)) -> bool {
+    // KCMP_FILE
+    let kind = 0;
+    // SAFETY: numbers only.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one.0, other.0, kind, one.1, other.1) };
+    order == 0
 }
 
 /// What others can change of a process that does not run.
@@ -98,22 +161,48 @@ fn itself(process: &OwnedFd) -> io::Result<String> {
 
 /// A process whose descriptors are looked at.
 struct Process {
-    links: OwnedFd,
-    infos: OwnedFd,
-    handle: OwnedFd,
+    pid: u32,
+    at: OwnedFd,
+    descriptors: OwnedFd,
+    handle: Option<OwnedFd>,
 }
 
 impl Process {
-    fn descriptor(
-        &self,
+    fn numbers(&self) -> io::Result<Vec<i32>> {
+        let mut buffer = Vec::with_capacity(8 << 10);
+        let mut entries = RawDir::new(&self.descriptors, buffer.spare_capacity_mut());
+        let mut found = Vec::new();
+        while let Some(entry) = entries.next() {
+            let name = entry?;
+            let number = name.file_name().to_str().ok();
+            found.extend(number.and_then(|n| n.parse::<i32>().ok()));
+        }
+        Ok(found)
+    }
+
+    /// A descriptor of this process that is the same open file.
+    fn copy(&mut self, fd: i32) -> io::Result<OwnedFd> {
+        let handle = match self.handle.take() {
+            Some(handle) => handle,
+            None => {
+                let pid = Pid::from_raw(self.pid.cast_signed());
+                let not = io::Error::from_raw_os_error(libc::ESRCH);
+                pidfd_open(pid.ok_or(not)?, PidfdFlags::empty())?
+            }
+        };
+        let handle = self.handle.insert(handle);
+        Ok(pidfd_getfd(handle, fd, PidfdGetfdFlags::empty())?)
+    }
+
+    fn state(
+        &mut self,
+        name: &str,
         number: &str,
         fd: i32,
         connections: &mut Connections,
-    ) -> io::Result<(String, String)> {
-        let link = link_at(&self.links, number)?;
-        let info = read_at(&self.infos, number)?;
+    ) -> io::Result<String> {
+        let info = read_at(&self.at, &format!("fdinfo/{number}"))?;
         let info = String::from_utf8_lossy(&info);
-        let name = bounded(link);
         // Position and flags are of the open file, which another process may share. What else there is depends on the kind; times pass by themselves.
         let lines = [
             "pos:",
@@ -122,6 +211,10 @@ impl Process {
             "sigmask:",
             "ticks:",
             "lock:",
+            // What an epoll or inotify descriptor watches, and a timer's interval: another process may share it.
+            "tfd:",
+            "inotify wd:",
+            "it_interval:",
         ];
         let lines = info
             .lines()
@@ -130,20 +223,20 @@ impl Process {
             .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect::<Vec<_>>()
             .join(" ");
-        let copy =
-            || pidfd_getfd(&self.handle, fd, PidfdGetfdFlags::empty()).map_err(io::Error::from);
         if name.starts_with("socket:[") {
-            state.push_str(&socket(&copy()?, connections));
+            state.push_str(&socket(&self.copy(fd)?, connections));
+        } else if name.starts_with("pipe:[") {
+            state.push_str(&pipe(&self.copy(fd)?)?);
         } else if name.starts_with("anon_inode:inotify") {
-            state.push_str(&format!(" waiting {}", waiting(&copy()?)));
-        } else if name.starts_with("pipe:[") || !name.starts_with("anon_inode:") {
-            let meta = statat(&self.links, number, AtFlags::empty())?;
+            state.push_str(&format!(" waiting {}", waiting(&self.copy(fd)?)));
+        } else if !name.starts_with("anon_inode:") {
+            let meta = statat(&self.descriptors, number, AtFlags::empty())?;
             let kind = FileType::from_raw_mode(meta.st_mode);
             if kind == FileType::Fifo {
-                state.push_str(&pipe(&copy()?)?);
+                state.push_str(&pipe(&self.copy(fd)?)?);
             } else if kind == FileType::CharacterDevice && terminal_major(libc::major(meta.st_rdev))
             {
-                state.push_str(&terminal(&copy()?));
+                state.push_str(&terminal(&self.copy(fd)?));
             } else if name.starts_with("/memfd:") {
                 state.push_str(&format!(
                     " size {} changed {}.{}",
@@ -151,7 +244,7 @@ impl Process {
                 ));
             }
         }
-        Ok((name, bounded(state)))
+        Ok(bounded(state))
     }
 }
 
@@ -274,10 +367,10 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
-    fn own() -> BTreeMap<String, String> {
-        let mut found = BTreeMap::new();
-        of_process(std::process::id(), &mut found, &mut BTreeSet::new()).expect("readable");
-        found
+    fn read() -> Reader {
+        let mut reader = Reader::default();
+        reader.process(std::process::id()).expect("readable");
+        reader
     }
 
     fn of(fd: &impl AsRawFd) -> String {
@@ -286,7 +379,10 @@ mod tests {
             std::process::id(),
             fd.as_raw_fd()
         );
-        let found = own().into_iter().find(|(k, _)| k.starts_with(&key));
+        let found = read()
+            .objects
+            .into_iter()
+            .find(|(k, _)| k.starts_with(&key));
         found.expect("the descriptor").1
     }
 
@@ -323,9 +419,11 @@ mod tests {
         let at = listener.local_addr().expect("an address");
         let client = std::net::TcpStream::connect(at).expect("a connection");
         assert_ne!(before, of(&listener));
-        let mut connections = BTreeSet::new();
-        of_process(std::process::id(), &mut BTreeMap::new(), &mut connections).expect("readable");
-        assert!(connections.contains(&(client.local_addr().expect("an address"), at)));
+        assert!(
+            read()
+                .connections
+                .contains(&(client.local_addr().expect("an address"), at))
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -61,11 +61,19 @@ pub(crate) fn directory(path: String) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
-/// As [`read_whole`], of a file in such a directory.
+/// A file in such a directory that the kernel makes in one piece, as are all of one process but its lists: what does not fill the buffer is all of it, which
+/// spares the call that would say so.
 pub(crate) fn read_at(directory: &OwnedFd, name: &str) -> io::Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
-    whole(&File::from(file))
+    let mut file = File::from(rustix::fs::openat(directory, name, flags, Mode::empty())?);
+    let mut bytes = vec![0; 8 << 10];
+    let len = file.read(&mut bytes)?;
+    if len == bytes.len() {
+        file.rewind()?;
+        return whole(&file);
+    }
+    bytes.truncate(len);
+    Ok(bytes)
 }
 
 /// What a link in such a directory says.
@@ -74,7 +82,7 @@ pub(crate) fn link_at(directory: &OwnedFd, name: &str) -> io::Result<String> {
     Ok(link.to_string_lossy().into_owned())
 }
 
-/// The same of an open one, from where it stands.
+/// All of an open file, from where it stands.
 pub(crate) fn whole(mut file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; 8 << 10];
     let mut len = 0;

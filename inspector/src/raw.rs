@@ -13,6 +13,7 @@ pub(crate) struct Counters {
     pub(crate) calls: u64,
     pub(crate) last_call: u64,
     pub(crate) rings: u64,
+    pub(crate) outside: u64,
 }
 
 /// Length of `struct dirty`.

@@ -9,6 +9,7 @@ use crate::effects::{Effects, Mark, SandboxSlot};
 use crate::error::InspectorError;
 use crate::load::{Anchor, Hooks};
 use crate::memory::IpcLists;
+use crate::outside::Upper;
 use crate::pending::{Bounds, Pending};
 use crate::probes::ProbeSet;
 use crate::raw::Counters;
@@ -27,6 +28,7 @@ pub(crate) struct State {
     /// Entries one sandbox may log before the log is read on.
     pub(crate) quota: u64,
     pub(crate) max_sandboxes: u32,
+    pub(crate) ignore_outside: bool,
     pub(crate) own_pid_ns: Option<u64>,
     pub(crate) next_slot: u32,
     pub(crate) quick_readings: u64,
@@ -41,6 +43,10 @@ pub(crate) struct Registered {
     pub(crate) place: Option<Place>,
     /// Device as in `stat`.
     pub(crate) dev: u64,
+    /// The root of its upper, as the programs know it, with the device in the kernel's form.
+    pub(crate) upper: (Upper, u32),
+    /// Changes from outside that could not be told whose they are, at the last reading.
+    pub(crate) beyond: u64,
     /// Why the hooks cannot see its filesystem, if they cannot.
     pub(crate) blind: Option<String>,
     /// By which its tasks are found without a look at all others; none before they were read once in that way.
@@ -80,6 +86,7 @@ impl State {
             return;
         };
         if let Some(place) = gone.place {
+            hooks.outside.remove(gone.upper.0, gone.upper.1, place);
             hooks.cells.free(place);
         }
         if self.registered.is_empty() {
@@ -158,6 +165,7 @@ impl State {
         };
         // The order matters: the epoch, then the counters, then the drains (see the module's documentation).
         let (epoch, counters) = hooks.cells.turn(place);
+        let beyond = hooks.outside.beyond();
         self.drain_until(slot, &counters)?;
         self.check_misses()?;
         let mapped = match self.set {
@@ -171,6 +179,11 @@ impl State {
             .ok_or(InspectorError::UnknownSlot(slot))?;
         let seen = std::mem::replace(&mut registered.seen, counters);
         let pending = &mut registered.pending;
+        if std::mem::replace(&mut registered.beyond, beyond) != beyond {
+            pending.doubt(
+                "something outside wrote where it cannot be told whether that is in the upper",
+            );
+        }
         if counters.overflow != seen.overflow {
             pending.doubt("so many inodes were changed that they found no room in the log");
         }
@@ -203,6 +216,7 @@ impl State {
             born: std::mem::take(&mut pending.born),
             execs: std::mem::take(&mut pending.execs),
             exited: std::mem::take(&mut pending.exited),
+            from_outside: counters.outside != seen.outside,
             process_events_lost: std::mem::take(&mut pending.events_lost),
             mark: mark(&counters),
         })
@@ -249,6 +263,7 @@ impl State {
             born: Vec::new(),
             execs: Vec::new(),
             exited: Vec::new(),
+            from_outside: false,
             process_events_lost: true,
             mark: Mark::default(),
         })

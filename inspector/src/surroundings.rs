@@ -15,7 +15,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::memory::unescape;
-use crate::objects::{self, Connections};
+use crate::objects::{Connections, Reader};
 use crate::procfs::{directory, link_at, read_whole};
 
 /// Longest entry kept, in bytes.
@@ -30,7 +30,7 @@ pub struct Surroundings {
     pub mounts: BTreeSet<String>,
     /// Interfaces, addresses and routes. Not in a checkpoint: a restore makes the network anew.
     pub network: BTreeSet<String>,
-    /// Namespaces that are not those of the first process, by process.
+    /// Namespaces of the first process, and those of others that are not the same, by process.
     pub namespaces: BTreeSet<String>,
     /// What each process holds in the kernel: `pid thing` and its state.
     pub objects: BTreeMap<String, String>,
@@ -40,15 +40,58 @@ pub struct Surroundings {
     pub unsure: Option<String>,
 }
 
+/// What an earlier reading says of processes that have not run since.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rested<'a> {
+    pub(crate) earlier: &'a Surroundings,
+    pub(crate) pids: &'a BTreeSet<u32>,
+}
+
+impl Rested<'_> {
+    /// Whether a process is surely in the namespaces of the first one still: it was, when it was last read to its end, and only a process that runs gets into others.
+    fn as_the_first(&self, pid: u32, first: &BTreeMap<String, String>) -> bool {
+        let own = |n: &String| n.ends_with(&of_process(pid));
+        let unmoved = || {
+            let mut first = first.iter();
+            first.all(|(kind, name)| self.earlier.namespaces.contains(&of_first(kind, name)))
+        };
+        self.pids.contains(&pid)
+            && self.earlier.unsure.is_none()
+            && self.earlier.objects.contains_key(&process_key(pid))
+            && !self.earlier.namespaces.iter().any(own)
+            && unmoved()
+    }
+}
+
 impl Surroundings {
     /// Reads those of the sandbox whose first process is `init`, with the objects of `pids` (host process ids). Processes that end meanwhile are left out.
     #[must_use]
     pub fn read(init: u32, pids: &BTreeSet<u32>) -> Self {
+        match mount_table(init) {
+            Ok(table) => Self::again(init, pids, &table, None),
+            Err(e) => Self::unreadable(&e),
+        }
+    }
+
+    /// As [`Self::read`], with the first process's mount table at hand.
+    pub(crate) fn again(
+        init: u32,
+        pids: &BTreeSet<u32>,
+        mounts: &[u8],
+        rested: Option<Rested<'_>>,
+    ) -> Self {
         let mut found = Self::default();
-        if let Err(e) = found.all(init, pids) {
-            found.unsure = Some(format!("its surroundings cannot be read: {e}"));
+        if let Err(e) = found.all(init, pids, mounts, rested) {
+            found.unsure = Self::unreadable(&e).unsure;
         }
         found
+    }
+
+    pub(crate) fn unreadable(e: &io::Error) -> Self {
+        Self {
+            unsure: Some(format!("its surroundings cannot be read: {e}")),
+            ..Self::default()
+        }
     }
 
     /// What differs between two readings of one sandbox, one sentence each; not the connections to outside, which no checkpoint holds. Empty means surely the same.
@@ -82,44 +125,77 @@ impl Surroundings {
         changes
     }
 
-    fn all(&mut self, init: u32, pids: &BTreeSet<u32>) -> io::Result<()> {
-        let own = namespaces(init)?;
-        self.mounts = mounts(init)?;
+    /// Mount namespaces that its processes are in.
+    pub(crate) fn mount_namespaces(&self) -> usize {
+        let names = self
+            .namespaces
+            .iter()
+            .filter_map(|n| n.strip_prefix("mnt "));
+        let names = names.filter_map(|n| n.split(' ').next());
+        names.collect::<BTreeSet<_>>().len()
+    }
+
+    fn all(
+        &mut self,
+        init: u32,
+        pids: &BTreeSet<u32>,
+        mounted: &[u8],
+        rested: Option<Rested<'_>>,
+    ) -> io::Result<()> {
+        let first = namespaces(init)?;
+        let named = first.iter().map(|(kind, name)| of_first(kind, name));
+        self.namespaces.extend(named);
+        self.mounts = mounts(mounted)?;
         self.network = network(init)?;
-        let mut connections = BTreeSet::new();
+        let mut held = Reader::default();
         for pid in pids.iter().filter(|pid| **pid != init) {
-            match self.process(*pid, &own, &mut connections) {
+            let known = rested.is_some_and(|r| r.as_the_first(*pid, &first));
+            let read = match known {
+                true => Ok(()),
+                false => self.namespaces_of(*pid, &first),
+            };
+            match read.and_then(|()| held.process(*pid)) {
                 Ok(()) => {}
                 Err(e) if gone(&e) => {}
                 Err(e) => return Err(e),
             }
-            if self.objects.len() > MAX_ENTRIES {
+            if held.objects.len() > MAX_ENTRIES {
                 return Err(io::Error::other("its processes hold too many objects"));
             }
         }
-        self.outside = to_outside(&connections);
+        self.objects = held.objects;
+        self.outside = to_outside(&held.connections);
         Ok(())
     }
 
-    fn process(
-        &mut self,
-        pid: u32,
-        own: &BTreeMap<String, String>,
-        connections: &mut Connections,
-    ) -> io::Result<()> {
+    /// Those that are not the first process's.
+    fn namespaces_of(&mut self, pid: u32, first: &BTreeMap<String, String>) -> io::Result<()> {
         for (kind, name) in namespaces(pid)? {
-            if own.get(&kind) == Some(&name) {
+            if first.get(&kind) == Some(&name) {
                 continue;
             }
             if kind == "mnt" {
-                let mounts = mounts(pid)?.into_iter().map(|m| format!("{m} in {name}"));
-                self.mounts.extend(mounts);
+                let mounts = mounts(&mount_table(pid)?)?.into_iter();
+                self.mounts.extend(mounts.map(|m| format!("{m} in {name}")));
             }
             self.namespaces
-                .insert(format!("{kind} {name} of process {pid}"));
+                .insert(format!("{kind} {name}{}", of_process(pid)));
         }
-        objects::of_process(pid, &mut self.objects, connections)
+        Ok(())
     }
+}
+
+fn of_first(kind: &str, name: &str) -> String {
+    format!("{kind} {name} of the first process")
+}
+
+/// Of what a process is itself, among the objects.
+pub(crate) fn process_key(pid: u32) -> String {
+    format!("process {pid}")
+}
+
+fn of_process(pid: u32) -> String {
+    format!(" of process {pid}")
 }
 
 /// Where a state begins to differ from another, with the two words before that say what it is.
@@ -171,10 +247,14 @@ fn namespaces(pid: u32) -> io::Result<BTreeMap<String, String>> {
     Ok(found)
 }
 
-/// The mount table without the numbers that differ from one reading to the next.
-fn mounts(pid: u32) -> io::Result<BTreeSet<String>> {
-    let text = read_whole(format!("/proc/{pid}/mountinfo"))?;
-    let lines = text.split(|b| *b == b'\n').filter(|l| !l.is_empty());
+/// A process's mount table.
+pub(crate) fn mount_table(pid: u32) -> io::Result<Vec<u8>> {
+    read_whole(format!("/proc/{pid}/mountinfo"))
+}
+
+/// A mount table without the numbers that differ from one reading to the next.
+fn mounts(table: &[u8]) -> io::Result<BTreeSet<String>> {
+    let lines = table.split(|b| *b == b'\n').filter(|l| !l.is_empty());
     let mut counts = BTreeMap::new();
     for mount in lines.filter_map(mount).map(bounded) {
         *counts.entry(mount).or_insert(0u32) += 1;

@@ -6,6 +6,7 @@
 //! What a boundary reports adds up until the truth is looked at again: [`Reported`].
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use tidepool_fs::capture::{self, CaptureOptions};
@@ -18,6 +19,9 @@ use tidepool_proto::DomainKey;
 
 use crate::breaks::{Break, Broken};
 use crate::sandbox::Sandbox;
+
+/// Far more than it takes; only to end a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What was reported since the last comparison.
 #[derive(Clone, Debug, Default)]
@@ -126,18 +130,34 @@ impl Watched<'_> {
     }
 
     /// Waits until all but the first are at rest: after its answer a process still has to get into its next read.
+    ///
+    /// A task that waits for a disk or a lock in the midst of a call has not run either, but is not at rest: it goes on by itself, before it heeds a stop. A freezer
+    /// waits for it, and the daemon, where it does not freeze, looks again afterwards; here the truth would be that of a later moment than the boundary.
     fn settle(&self) -> Result<()> {
-        let mut before = self.inspector.tasks(self.slot)?;
-        for _ in 0..10_000 {
-            let now = self.inspector.tasks(self.slot)?;
-            let ran = now.ran_since(&before);
-            if ran.iter().all(|r| r.task.tgid == self.sandbox.init()) {
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            let before = self.inspector.tasks(self.slot)?;
+            let at_rest = !before.tasks.iter().any(|t| goes_on(t.tgid, t.tid));
+            if at_rest && self.rested_since(&before)? {
                 return Ok(());
             }
-            before = now;
             std::thread::yield_now();
         }
         bail!("the sandbox does not come to rest")
+    }
+
+    /// Whether nothing but the first process has run since the last boundary.
+    pub(crate) fn rests(&self) -> Result<bool> {
+        match &self.baseline.tasks {
+            Some(tasks) => self.rested_since(tasks),
+            None => Ok(false),
+        }
+    }
+
+    fn rested_since(&self, before: &TaskTable) -> Result<bool> {
+        let now = self.inspector.tasks(self.slot)?;
+        let ran = now.ran_since(before);
+        Ok(ran.iter().all(|r| r.task.tgid == self.sandbox.init()))
     }
 
     fn rearm(&self) -> Result<()> {
@@ -177,6 +197,14 @@ impl Watched<'_> {
             (before, _) => capture::full(&upper, &self.key, options, before, sink)?,
         })
     }
+}
+
+/// Whether a task runs, or will once something outside of it is done that is no event to wait for.
+fn goes_on(pid: u32, tid: u32) -> bool {
+    let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+    let end = stat.iter().rposition(|b| *b == b')');
+    let state = end.and_then(|end| stat.get(end + 2));
+    matches!(state, Some(b'D' | b'R'))
 }
 
 fn living(tasks: &TaskTable) -> BTreeSet<u32> {

@@ -31,6 +31,8 @@ pub enum Break {
     NoProcesses,
     /// What the kernel keeps for processes, and mounts, are not compared: only processes that ran count.
     NoSurroundings,
+    /// What the host does to the upper is not seen.
+    NoOutside,
 }
 
 impl Break {

@@ -2,6 +2,7 @@
 //!
 //! - [`script`] chooses what happens, from a seed; [`child`] does it, in processes of an own pid, mount and IPC namespace on an overlay;
 //! - `boundary` takes the turns' ends as the daemon does, [`run`] compares at some of them;
+//! - [`outside`] is the host, which changes files of the upper in some seeds;
 //! - [`truth`] is what is compared with: a walk with content hashes, the memory file system, IPC objects, mounts, processes with their memory;
 //! - [`breaks`] are errors made on purpose, each of which has to be caught.
 //!
@@ -17,6 +18,7 @@ mod boundary;
 pub mod breaks;
 pub mod child;
 mod ops;
+pub mod outside;
 pub mod rng;
 pub mod run;
 pub mod sandbox;

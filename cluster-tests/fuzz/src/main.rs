@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use tidepool_effect_fuzz::breaks::Break;
 use tidepool_effect_fuzz::run::{Counts, Look, seed};
-use tidepool_effect_fuzz::{child, sandbox};
+use tidepool_effect_fuzz::{child, outside, sandbox};
 use tidepool_inspector::{Inspector, InspectorOptions, ProbeSet};
 
 /// Looks for changes that the inspector misses. Needs root and eBPF.
@@ -54,6 +54,15 @@ fn main() -> ExitCode {
         let dir = words.next().unwrap_or_default();
         return child::run(Path::new(&dir));
     }
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|a| a == outside::FLAG)
+    {
+        let mut words = std::env::args_os().skip(2);
+        let upper = words.next().unwrap_or_default();
+        let line = words.next().unwrap_or_default();
+        return outside::run(Path::new(&upper), &line.to_string_lossy());
+    }
     match fuzz(&Arguments::parse()) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
@@ -69,6 +78,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
     let inspector = Inspector::load(&InspectorOptions {
         probe_set: Some(arguments.probe_set),
         leave_out,
+        ignore_outside: arguments.broken == Some(Break::NoOutside),
         max_dirty_inodes: arguments.max_dirty_inodes,
         ..InspectorOptions::default()
     })
@@ -111,6 +121,8 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
             "false_positives_files": counts.false_files,
             "clean_but_captured": counts.looked_twice,
             "full_walks": counts.full_walks,
+            "changes_from_outside": counts.outside,
+            "truths_of_another_moment": counts.late,
             "seconds": start.elapsed().as_secs(),
         });
         println!("{line}");

@@ -4,11 +4,12 @@ use anyhow::{Context, Result, bail, ensure};
 use tidepool_fs::NullSink;
 use tidepool_fs::capture::{self, CaptureOptions};
 use tidepool_inspector::look::Baseline;
-use tidepool_inspector::{Inspector, Target, pid_ns_inode};
+use tidepool_inspector::{Inspector, ProbeSet, Target, pid_ns_inode};
 use tidepool_proto::DomainKey;
 
 use crate::boundary::{Reported, Watched};
 use crate::breaks::{Break, Broken};
+use crate::outside;
 use crate::sandbox::Sandbox;
 use crate::script::{Kind, Script, Turn};
 use crate::truth::{ProcessId, Truth, differing};
@@ -32,6 +33,10 @@ pub struct Counts {
     pub false_files: u64,
     /// Of the clean ones, so many were captured before that was known.
     pub looked_twice: u64,
+    /// Changes made by the host.
+    pub outside: u64,
+    /// Truths that were of another moment than their boundary.
+    pub late: u64,
     /// Captures that walked everything.
     pub full_walks: u64,
 }
@@ -54,9 +59,14 @@ pub struct Look<'a> {
     pub show: bool,
 }
 
+/// Boundaries that are tried at the end of a turn before the truth is taken as it is.
+const MOMENTS: u32 = 20;
+
 struct Seed<'a> {
     watched: Watched<'a>,
     show: bool,
+    /// Whether the host changes files too.
+    outside: bool,
     truth: Truth,
     counts: Counts,
 }
@@ -82,6 +92,8 @@ pub fn seed(look: &Look<'_>, number: u64, turns: u64, counts: &mut Counts) -> Re
             reported: Reported::default(),
         },
         show: look.show,
+        // By system calls of sandboxes nothing of that is seen.
+        outside: look.inspector.probes() != ProbeSet::Syscalls,
         truth: Truth::default(),
         counts: *counts,
     };
@@ -116,15 +128,35 @@ impl Seed<'_> {
                 self.counts.done += u64::from(outcome == "ok");
             }
             busy |= of_others(&turn);
+            if self.outside {
+                for line in &turn.outside {
+                    let done = outside::ask(&self.watched.sandbox.upper(), line)?;
+                    lines.push(format!("turn {number}: outside {line} => {done}"));
+                    busy |= done;
+                    self.counts.outside += u64::from(done);
+                }
+            }
             since += 1;
             self.counts.turns += 1;
-            let done = self.watched.boundary().with_context(context)?;
+            let mut done = self.watched.boundary().with_context(context)?;
             self.counts.full_walks += u64::from(done.walked);
             if !turn.check {
                 continue;
             }
             self.counts.checked += 1;
-            let truth = self.truth()?;
+            let mut truth = self.truth()?;
+            // On a busy machine something may have gone on after all; and where the host removes a directory, what is mounted there ends in every namespace.
+            // Then this truth is of a later moment, and what the boundary saw is not held against it.
+            for _ in 0..MOMENTS {
+                let unmounted =
+                    truth.mounts != self.truth.mounts && self.watched.reported.around.is_empty();
+                if self.watched.rests()? && !unmounted {
+                    break;
+                }
+                self.counts.late += 1;
+                done = self.watched.boundary().with_context(context)?;
+                truth = self.truth()?;
+            }
             if let Some(what) = self.missed(&truth)? {
                 return Ok(Some(Miss {
                     seed,

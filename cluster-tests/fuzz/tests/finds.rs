@@ -108,6 +108,11 @@ fn ignored_processes_are_caught() -> Result<()> {
 }
 
 #[test]
+fn ignored_writes_of_the_host_are_caught() -> Result<()> {
+    caught("no-outside")
+}
+
+#[test]
 fn ignored_surroundings_are_caught() -> Result<()> {
     caught("no-surroundings")
 }

@@ -2,6 +2,7 @@
 //!
 //! | module | what it is for |
 //! |---|---|
+//! | `ground`, `processors` | a filesystem and a processor for what is measured |
 //! | `stage`, `idle` | a sandbox for workloads; sandboxes that rest |
 //! | `workloads` | what is run, and its material |
 //! | `compare` | processor time with and without the probes, and under the reference tracer (`tracer`) |
@@ -14,9 +15,11 @@
 //! Figures go to stdout, progress to stderr. Needs root and eBPF.
 
 mod compare;
+mod ground;
 mod idle;
 mod kernel;
 mod merge;
+mod processors;
 mod scale;
 mod stage;
 mod stats;
@@ -47,12 +50,15 @@ struct Arguments {
     /// Only this workload; may be repeated. All where absent.
     #[arg(long, value_enum)]
     workload: Vec<Workload>,
-    /// Rounds in which each workload is run twice without the probes, once with them and once under the reference tracer.
-    #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
-    runs: u32,
-    /// Three rounds, smaller workloads and fewer turns: a first impression.
+    /// Rounds, in each of which a workload is run four times without the probes and twice with them, and in some once under the reference tracer.
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Three rounds, fewer turns, smaller storms: a first impression.
     #[arg(long)]
     quick: bool,
+    /// Without this tracepoint on files, to see what it costs; may be repeated. Changes would be missed.
+    #[arg(long)]
+    leave_out: Vec<String>,
     /// Measures nothing: joins the last lines of such outputs (files) into one result; may be repeated.
     #[arg(long)]
     merge: Vec<PathBuf>,
@@ -77,7 +83,8 @@ fn main() -> ExitCode {
     let mut words = std::env::args_os().skip(1);
     let (first, second) = (words.next(), words.next().unwrap_or_default());
     if first.as_ref().is_some_and(|a| a == stage::FLAG) {
-        return stage::inside(Path::new(&second));
+        let processor = words.next().unwrap_or_default();
+        return stage::inside(Path::new(&second), &processor.to_string_lossy());
     }
     if first.is_some_and(|a| a == idle::FLAG) {
         return idle::inside(&second.to_string_lossy());
@@ -96,18 +103,20 @@ fn bench(arguments: &Arguments) -> Result<()> {
         show(arguments, merge::merge(&arguments.merge)?);
         return Ok(());
     }
+    ground::own_mounts()?;
+    let processor = processors::leave_one()?;
     let began = Instant::now();
     let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
     let quick = arguments.quick;
     let mut result = Map::new();
     let mut set = |key: &str, value: Value| result.insert(key.to_owned(), value);
     if wanted(Part::Workloads) {
-        for (key, value) in workloads(arguments)? {
+        for (key, value) in workloads(arguments, processor)? {
             set(&key, value);
         }
     }
     if wanted(Part::Verdicts) {
-        let found = turns::verdicts(if quick { 100 } else { 1000 })?;
+        let found = turns::verdicts(if quick { 100 } else { 1000 }, processor)?;
         let all = found.all();
         let (p50, p99) = (quantile(&all, 0.5), quantile(&all, 0.99));
         eprintln!(
@@ -121,12 +130,12 @@ fn bench(arguments: &Arguments) -> Result<()> {
     if wanted(Part::Scale) {
         let mut table = Vec::new();
         for count in scale::COUNTS {
-            let (turns, runs) = if quick {
+            let (turns, rounds) = if quick {
                 (50, 2)
             } else {
-                (300, arguments.runs)
+                (300, arguments.rounds)
             };
-            let figures = scale::scale(count, turns, runs)?;
+            let figures = scale::scale(count, turns, rounds, processor)?;
             eprintln!("scale           {figures}");
             table.push(figures);
         }
@@ -135,7 +144,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
     if wanted(Part::Storm) {
         let mut storms = Vec::new();
         for pumped in [false, true] {
-            let figures = storm::storm(if quick { 300_000 } else { 1_000_000 }, pumped)?;
+            let figures = storm::storm(if quick { 600_000 } else { 1_000_000 }, pumped, processor)?;
             eprintln!("storm           {figures}");
             storms.push(figures);
         }
@@ -155,18 +164,23 @@ fn show(arguments: &Arguments, result: Map<String, Value>) {
     }
 }
 
-fn workloads(arguments: &Arguments) -> Result<Map<String, Value>> {
-    let runs = if arguments.quick {
-        arguments.runs.min(3)
-    } else {
-        arguments.runs
+fn workloads(arguments: &Arguments, processor: Option<usize>) -> Result<Map<String, Value>> {
+    let rounds = match arguments.quick {
+        true => arguments.rounds.min(3),
+        false => arguments.rounds,
     };
+    let leave_out: Vec<&'static str> = arguments
+        .leave_out
+        .iter()
+        .map(|name| &*name.clone().leak())
+        .collect();
+    let leave_out = leave_out.leak();
     let mut all = Vec::new();
     for workload in Workload::ALL {
         if !arguments.workload.is_empty() && !arguments.workload.contains(&workload) {
             continue;
         }
-        let compared = compare::compare(workload, runs, arguments.quick)?;
+        let compared = compare::compare(workload, rounds, processor, leave_out)?;
         eprintln!("{}", compared.line());
         all.push(compared);
     }

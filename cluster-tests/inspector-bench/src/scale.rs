@@ -9,8 +9,9 @@ use tidepool_inspector::{
 };
 
 use crate::compare::round;
+use crate::ground::Ground;
 use crate::idle::{Idle, PROCESSES};
-use crate::stage::{Stage, scratch};
+use crate::stage::Stage;
 use crate::stats::{estimate, quantile};
 
 /// Registered sandboxes, the one that works included.
@@ -19,14 +20,20 @@ pub(crate) const COUNTS: [u32; 4] = [1, 16, 64, 256];
 const WORK: [&str; 2] = ["writes 100000", "starts 500"];
 
 /// The figures for one number of sandboxes.
-pub(crate) fn scale(count: u32, turns: u32, runs: u32) -> Result<Value> {
-    let dir = scratch()?;
+pub(crate) fn scale(
+    count: u32,
+    turns: u32,
+    rounds: u32,
+    processor: Option<usize>,
+) -> Result<Value> {
+    let dir = Ground::make(0)?;
     std::fs::create_dir(dir.path().join("lower"))?;
-    let mut stage = Stage::start(dir)?;
+    let mut stage = Stage::start(dir, processor)?;
     stage.run("idle 4")?;
     let idle = Idle::start(count - 1)?;
 
-    let (inspector, slots) = registered(&stage, &idle)?;
+    let inspector = Inspector::load(&InspectorOptions::default())?;
+    let slots = registered(&inspector, &stage, &idle)?;
     let working = slots[0];
     for slot in &slots {
         inspector.take(*slot)?;
@@ -52,24 +59,26 @@ pub(crate) fn scale(count: u32, turns: u32, runs: u32) -> Result<Value> {
         clean.push(ms(began));
         ensure!(table.tasks.len() == 5 && files.is_none(), "{files:?}");
     }
-    drop(inspector);
+    slots.iter().for_each(|slot| inspector.unregister(*slot));
     stage.run("clean")?;
 
     let mut ratios = serde_json::Map::new();
     for line in WORK {
         let mut ratio = Vec::new();
-        for round in 0..runs {
+        for round in 0..rounds {
             let mut cpu = [0.0; 2];
-            // Which comes first changes.
-            for half in 0..2 {
+            // There and back, and which comes first changes.
+            for half in [0, 1, 1, 0] {
                 let with = (round + half) % 2;
-                let _attached = match with {
-                    1 => Some(registered(&stage, &idle)?),
-                    _ => None,
-                };
-                cpu[with as usize] = stage.run(line)?.cpu_us as f64;
+                stage.settle()?;
+                let attached = registered(&inspector, &stage, &idle)?;
+                if with == 0 {
+                    attached.iter().for_each(|slot| inspector.unregister(*slot));
+                }
+                cpu[with as usize] += stage.run(line)?.cpu_us as f64;
+                attached.iter().for_each(|slot| inspector.unregister(*slot));
+                stage.run("clean")?;
             }
-            stage.run("clean")?;
             ratio.push(cpu[1] / cpu[0]);
         }
         let e = estimate(&ratio);
@@ -95,9 +104,8 @@ fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
-/// An inspector that watches them all, the working one first.
-fn registered(stage: &Stage, idle: &Idle) -> Result<(Inspector, Vec<SandboxSlot>)> {
-    let inspector = Inspector::load(&InspectorOptions::default())?;
+/// Registers them all, the one that works first.
+fn registered(inspector: &Inspector, stage: &Stage, idle: &Idle) -> Result<Vec<SandboxSlot>> {
     let mut slots = vec![inspector.register(&stage.target()?)?];
     for init in &idle.inits {
         slots.push(inspector.register(&Target {
@@ -105,5 +113,5 @@ fn registered(stage: &Stage, idle: &Idle) -> Result<(Inspector, Vec<SandboxSlot>
             upper_dir: stage.upper(),
         })?);
     }
-    Ok((inspector, slots))
+    Ok(slots)
 }

@@ -14,9 +14,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
-use tempfile::TempDir;
-use tidepool_inspector::{Target, pid_ns_inode, supports};
+use tidepool_inspector::{Target, pid_ns_inode};
 
+use crate::ground::Ground;
+use crate::processors::keep_to;
 use crate::workloads;
 
 /// First argument of the binary when it is to be a sandbox.
@@ -37,18 +38,20 @@ pub(crate) struct Stage {
     replies: BufReader<ChildStdout>,
     init: u32,
     // Dropped last: the mounts in it go with the processes.
-    dir: TempDir,
+    ground: Ground,
 }
 
 impl Stage {
-    /// Starts one in a directory that has a `lower`.
-    pub(crate) fn start(dir: TempDir) -> Result<Self> {
+    /// Starts one on a ground that has a `lower`, with a processor of its own, where there is one for it.
+    pub(crate) fn start(ground: Ground, processor: Option<usize>) -> Result<Self> {
+        let dir = ground.path();
         for name in ["lower", "upper", "work", "merged", "usr-upper", "usr-work"] {
-            fs::create_dir_all(dir.path().join(name))?;
+            fs::create_dir_all(dir.join(name))?;
         }
         let mut child = Command::new(std::env::current_exe()?)
             .arg(FLAG)
-            .arg(dir.path())
+            .arg(dir)
+            .args(processor.map(|cpu| cpu.to_string()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -60,7 +63,7 @@ impl Stage {
             commands,
             replies,
             init: 0,
-            dir,
+            ground,
         };
         let first = stage.reply()?;
         let init = first.strip_prefix("init ").context("no first process")?;
@@ -69,7 +72,7 @@ impl Stage {
     }
 
     pub(crate) fn upper(&self) -> PathBuf {
-        self.dir.path().join("upper")
+        self.ground.path().join("upper")
     }
 
     /// Host process id of its first process.
@@ -82,6 +85,11 @@ impl Stage {
             pid_ns_inode: pid_ns_inode(self.init)?,
             upper_dir: self.upper(),
         })
+    }
+
+    /// Writes out what was left to be written, so that the next line has nothing to do with that.
+    pub(crate) fn settle(&self) -> Result<()> {
+        self.ground.settle()
     }
 
     /// Runs a line to its end.
@@ -122,25 +130,9 @@ impl Drop for Stage {
     }
 }
 
-/// A directory on ext4, or an error that says that there is none.
-pub(crate) fn scratch() -> Result<TempDir> {
-    let mut reasons = Vec::new();
-    for base in [Path::new("/var/tmp").to_owned(), std::env::temp_dir()] {
-        match supports(&base) {
-            Ok(()) => {
-                return Ok(tempfile::Builder::new()
-                    .prefix("tp-inspector-bench-")
-                    .tempdir_in(base)?);
-            }
-            Err(reason) => reasons.push(reason),
-        }
-    }
-    bail!("a directory on ext4 is needed: {}", reasons.join("; "))
-}
-
 /// The sandbox's side.
-pub(crate) fn inside(dir: &Path) -> ExitCode {
-    match enter(dir) {
+pub(crate) fn inside(dir: &Path, processor: &str) -> ExitCode {
+    match enter(dir, processor) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("sandbox: {error:?}");
@@ -149,7 +141,10 @@ pub(crate) fn inside(dir: &Path) -> ExitCode {
     }
 }
 
-fn enter(dir: &Path) -> Result<()> {
+fn enter(dir: &Path, processor: &str) -> Result<()> {
+    if !processor.is_empty() {
+        keep_to(&[processor.parse()?])?;
+    }
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let own = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
     // SAFETY: no pointers; this process has one thread.

@@ -1,5 +1,7 @@
 //! Medians, and how sure they are.
 
+use std::fmt;
+
 use tidepool_effect_fuzz::rng::Rng;
 
 /// A median with the interval in which it lies in 95 of 100 resamplings.
@@ -8,6 +10,13 @@ pub(crate) struct Estimate {
     pub(crate) median: f64,
     pub(crate) low: f64,
     pub(crate) high: f64,
+}
+
+impl fmt::Display for Estimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { median, low, high } = self;
+        write!(f, "{median:.4} ({low:.4}..{high:.4})")
+    }
 }
 
 /// The value at a part (0 to 1) of the sorted list; not a number where that is empty.

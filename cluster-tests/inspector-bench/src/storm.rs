@@ -8,17 +8,18 @@ use serde_json::{Value, json};
 use tidepool_inspector::{FileEffects, Inspector, InspectorOptions};
 
 use crate::compare::round;
+use crate::ground::Ground;
 use crate::kernel;
-use crate::stage::{Stage, scratch};
+use crate::stage::Stage;
 
 /// How often the inspector is pumped, where it is.
 const PUMP: Duration = Duration::from_millis(50);
 
 /// So many files made in one turn, with or without pumping meanwhile.
-pub(crate) fn storm(inodes: u64, pumped: bool) -> Result<Value> {
-    let dir = scratch()?;
+pub(crate) fn storm(inodes: u64, pumped: bool, processor: Option<usize>) -> Result<Value> {
+    let dir = Ground::make(inodes)?;
     std::fs::create_dir(dir.path().join("lower"))?;
-    let mut stage = Stage::start(dir)?;
+    let mut stage = Stage::start(dir, processor)?;
     let inspector = Inspector::load(&InspectorOptions::default())?;
     let slot = inspector.register(&stage.target()?)?;
     inspector.take(slot)?;

@@ -16,7 +16,8 @@ use tidepool_inspector::{FileEffects, Inspector, InspectorOptions, SandboxSlot};
 use tidepool_proto::DomainKey;
 
 use crate::compare::round;
-use crate::stage::{Stage, scratch};
+use crate::ground::Ground;
+use crate::stage::Stage;
 use crate::stats::quantile;
 use crate::workloads::{Workload, prepare};
 
@@ -64,12 +65,12 @@ struct Watched<'a> {
 }
 
 /// Measures so many turns of each kind.
-pub(crate) fn verdicts(turns: u32) -> Result<Verdicts> {
-    let dir = scratch()?;
+pub(crate) fn verdicts(turns: u32, processor: Option<usize>) -> Result<Verdicts> {
+    let dir = Ground::make(0)?;
     let lower = dir.path().join("lower");
     std::fs::create_dir(&lower)?;
     prepare(Workload::Unpack, &lower)?;
-    let mut stage = Stage::start(dir)?;
+    let mut stage = Stage::start(dir, processor)?;
     stage.run("unpack")?;
     stage.run("idle 4")?;
     let inspector = Inspector::load(&InspectorOptions::default())?;

@@ -374,13 +374,17 @@ pub(crate) fn a_new_slot_knows_nothing_of_the_old() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn host_writes_are_not_the_sandboxs() -> Result<()> {
+pub(crate) fn writes_of_the_watching_process_do_not_count() -> Result<()> {
     let mut watched = Watched::start(&InspectorOptions::default())?;
     watched.sandbox.run("write f")?;
     watched.end_turn()?;
     fs::write(watched.sandbox.upper().join("by-the-host"), b"x")?;
     // Written back now, by a kernel thread: not the sandbox's doing either.
     fs::File::open(watched.sandbox.upper().join("f"))?.sync_all()?;
-    ensure!(watched.take()?.files.is_none());
+    let effects = watched.take()?;
+    ensure!(
+        effects.files.is_none() && !effects.from_outside,
+        "{effects:?}"
+    );
     Ok(())
 }

@@ -9,6 +9,7 @@ mod cases;
 mod child;
 mod files;
 mod ops;
+mod outside;
 mod processes;
 mod sandbox;
 mod sets;
@@ -68,8 +69,20 @@ const TESTS: &[Test] = &[
         files::a_new_slot_knows_nothing_of_the_old,
     ),
     (
-        "host_writes_are_not_the_sandboxs",
-        files::host_writes_are_not_the_sandboxs,
+        "writes_of_the_watching_process_do_not_count",
+        files::writes_of_the_watching_process_do_not_count,
+    ),
+    (
+        "writes_from_outside_are_seen",
+        outside::writes_from_outside_are_seen,
+    ),
+    (
+        "what_comes_into_an_upper_is_followed",
+        outside::what_comes_into_an_upper_is_followed,
+    ),
+    (
+        "other_writes_of_the_host_are_nobodys",
+        outside::other_writes_of_the_host_are_nobodys,
     ),
     (
         "processes_are_born_and_end",

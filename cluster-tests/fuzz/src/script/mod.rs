@@ -34,6 +34,8 @@ pub enum Kind {
 pub struct Turn {
     pub kind: Kind,
     pub lines: Vec<String>,
+    /// What the host does to the upper afterwards, see [`crate::outside`].
+    pub outside: Vec<String>,
     /// Whether the truth is looked at after it. Looking is itself a remedy for some errors (it marks times as seen), so it is rare.
     pub check: bool,
 }
@@ -58,6 +60,8 @@ pub struct Script {
     sparse: bool,
     /// Whether there are processes that work on. What they do between two lines depends on time, so such a seed replays in its lines only.
     loops: bool,
+    /// Chooses what the host does, in seeds in which it does anything.
+    host: Option<Rng>,
 }
 
 impl Script {
@@ -77,6 +81,8 @@ impl Script {
             mounts: seed % 7 == 5,
             sparse: seed % 2 == 1,
             loops: seed % 4 >= 2,
+            // Another one, so that the sandbox does what it does without.
+            host: (seed % 6 == 1).then(|| Rng::new(!seed)),
         }
     }
 
@@ -118,7 +124,39 @@ impl Script {
             false => quiet || self.rng.one_in(5),
         };
         let check = check || last;
-        Turn { kind, lines, check }
+        let outside = self.outside();
+        Turn {
+            kind,
+            lines,
+            outside,
+            check,
+        }
+    }
+
+    fn outside(&mut self) -> Vec<String> {
+        let recent = self.recent.clone();
+        let Some(rng) = &mut self.host else {
+            return Vec::new();
+        };
+        if !rng.one_in(5) {
+            return Vec::new();
+        }
+        let line = |_| {
+            let dir = *rng.pick(&DIRS);
+            let name = *rng.pick(&NAMES);
+            let file = match &recent {
+                Some(recent) if rng.one_in(2) => recent.clone(),
+                _ => format!("{dir}/{name}"),
+            };
+            let number = rng.below(10_000);
+            match rng.below(4) {
+                0 => format!("make {number} {dir}/host{}", rng.below(3)),
+                1 => format!("mode {number} {file}"),
+                2 => format!("mark {number} {file}"),
+                _ => format!("append {number} {file}"),
+            }
+        };
+        (0..3).map(line).collect()
     }
 
     fn all_looping(&self, what: &str) -> Vec<String> {

@@ -85,11 +85,9 @@ pub(crate) fn topology(shared: &Shared) -> Result<response::Op, Failure> {
     let state = state(shared)?;
     let statuses = shared.driver.status();
     let mut groups = Vec::with_capacity(shared.map.groups().len());
+    let mut all = state.iter().flat_map(placement::targets);
     for group in shared.map.groups() {
-        let targets = state
-            .as_ref()
-            .map(|s| placement::target(s, group).voters)
-            .unwrap_or_default();
+        let targets = all.next().unwrap_or_default().voters;
         let mut out = cluster::Group {
             group,
             targets,

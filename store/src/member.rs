@@ -90,8 +90,8 @@ fn tell(shared: &Shared, state: ClusterState, memory: &mut Memory) {
     if memory.looks % TELL_AGAIN != 1 && memory.told.as_ref() == Some(&state) {
         return;
     }
-    for group in shared.map.groups() {
-        let placement::Target { voters, learners } = placement::target(&state, group);
+    for (group, target) in shared.map.groups().zip(placement::targets(&state)) {
+        let placement::Target { voters, learners } = target;
         shared.driver.order(Order::Target(Target {
             group,
             voters,

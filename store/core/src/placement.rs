@@ -3,9 +3,12 @@
 //! Rendezvous hashing: every node has a score for every group, the highest ones keep it. A node that comes or goes moves only what it
 //! gains or had. Failure domains come first: no two replicas in one zone while another zone has none.
 //!
+//! Who leads is balanced over all groups, one after the other: of a group's voters the one that leads fewest so far. Chance alone would leave
+//! one of three nodes with half of sixteen groups. A node that comes or goes may move more leaders than replicas: that costs next to nothing.
+//!
 //! Elsewhere on purpose: walking from the members a group has to those it should have (`store/raft`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tidepool_proto::cluster::NodeState;
 
@@ -26,8 +29,27 @@ pub struct Target {
     pub learners: Vec<u64>,
 }
 
-/// The target of one group. Empty where no node is active.
+/// The target of one group. Empty where no node is active. All of them are had for the same price by [`targets`].
 pub fn target(state: &ClusterState, group: u32) -> Target {
+    targets(state).nth(group as usize).unwrap_or_default()
+}
+
+/// The targets of all groups, from the meta group on.
+pub fn targets(state: &ClusterState) -> impl Iterator<Item = Target> {
+    let mut leads: BTreeMap<u64, usize> = BTreeMap::new();
+    (META_GROUP..=state.shards).map(move |group| {
+        let mut target = members(state, group);
+        let led = |n: &u64| leads.get(n).copied().unwrap_or(0);
+        let first = target.voters.iter().enumerate().min_by_key(|(_, n)| led(n));
+        if let Some((at, leader)) = first {
+            *leads.entry(*leader).or_default() += 1;
+            target.voters[..=at].rotate_right(1);
+        }
+        target
+    })
+}
+
+fn members(state: &ClusterState, group: u32) -> Target {
     let active: Vec<&NodeRecord> = state
         .nodes
         .iter()
@@ -145,7 +167,37 @@ mod tests {
         }
         assert_eq!(gained, moved);
         assert!((20..60).contains(&gained), "{gained}");
-        assert!(leads[1..].iter().all(|n| (4..26).contains(n)), "{leads:?}");
+        assert!(
+            leads[1..].iter().all(|n| (11..=15).contains(n)),
+            "{leads:?}"
+        );
+    }
+
+    #[test]
+    fn leaders_are_spread_evenly() {
+        for nodes in 1..=7 {
+            for shards in [1, 3, 16, 255] {
+                let mut state = cluster(&vec![""; nodes]);
+                state.shards = shards;
+                let mut leads = vec![0usize; nodes];
+                let all: Vec<Target> = targets(&state).collect();
+                assert_eq!(all.len(), shards as usize + 1);
+                for (group, list) in all.into_iter().enumerate() {
+                    leads[list.voters[0] as usize - 1] += 1;
+                    assert_eq!(target(&state, group as u32), list);
+                    let same: BTreeSet<_> =
+                        members(&state, group as u32).voters.into_iter().collect();
+                    assert_eq!(same, list.voters.into_iter().collect());
+                }
+                let (least, most) = (leads.iter().min(), leads.iter().max());
+                let apart = most.unwrap() - least.unwrap();
+                assert!(apart <= 1 + usize::from(nodes > REPLICAS), "{leads:?}");
+            }
+        }
+        let mut none = cluster(&[""]);
+        none.nodes[0].state = NodeState::Draining;
+        assert_eq!(target(&none, 1), Target::default());
+        assert_eq!(target(&none, 65), Target::default());
     }
 
     #[test]

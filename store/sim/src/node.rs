@@ -722,8 +722,7 @@ impl Node {
         };
         let removed = state.nodes.iter().filter(|n| n.state == NodeState::Removed);
         self.removed = removed.map(|n| n.id).collect();
-        for group in self.env.shards.groups() {
-            let target = placement::target(&state, group);
+        for (group, target) in self.env.shards.groups().zip(placement::targets(&state)) {
             let order = Order::Target(Target {
                 group,
                 voters: target.voters,

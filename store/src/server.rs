@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use crate::cluster;
 use crate::pki::Caller;
-use crate::requests::{self, Shared};
+use crate::requests::{self, Answered, Shared};
 use crate::roles::{self, Role};
 
 const MAX_CONNECTIONS: usize = 1024;
@@ -132,7 +132,7 @@ async fn request(
     let answer = match timeout(FRAME, take(&mut recv, &limits)).await {
         Ok(Ok((bytes, _taken))) => match wire::decode::<Request>(bytes) {
             Ok(Request { op: Some(op) }) if !roles::allowed(caller.role, &op) => {
-                denied(&shared, peer, &caller)
+                denied(&shared, peer, &caller).into()
             }
             Ok(request) => {
                 if requests::is_long(&request) {
@@ -140,9 +140,9 @@ async fn request(
                 }
                 requests::answer(&shared, &caller, request).await
             }
-            Err(e) => bad(&shared, peer, &e),
+            Err(e) => bad(&shared, peer, &e).into(),
         },
-        Ok(Err(FrameError::Wire(e))) => bad(&shared, peer, &e),
+        Ok(Err(FrameError::Wire(e))) => bad(&shared, peer, &e).into(),
         Ok(Err(FrameError::Read(e))) => {
             tracing::debug!(%peer, error = %e, "a request broke off");
             return;
@@ -155,13 +155,14 @@ async fn request(
     };
     shared.counters.request();
     let _ = recv.stop(0u32.into());
-    let frame = wire::frame(&answer).or_else(|e| {
+    let frame = answer.frame().or_else(|e| {
         tracing::error!(%peer, error = %e, "an answer does not fit a frame");
-        wire::frame(&error(ErrorKind::Failed, e.to_string(), false))
+        Answered::from(error(ErrorKind::Failed, e.to_string(), false)).frame()
     });
-    let Ok(frame) = frame else { return };
-    let _ = send.set_priority(transport::priority(frame.len()));
-    if let Ok(Err(e)) = timeout(FRAME, send.write_chunk(frame)).await {
+    let Ok(mut frame) = frame else { return };
+    let len = frame.iter().map(Bytes::len).sum();
+    let _ = send.set_priority(transport::priority(len));
+    if let Ok(Err(e)) = timeout(FRAME, send.write_all_chunks(&mut frame)).await {
         tracing::debug!(%peer, error = %e, "an answer was not taken");
     }
     let _ = send.finish();

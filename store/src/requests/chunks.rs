@@ -265,29 +265,26 @@ pub(super) async fn end_session(shared: &Arc<Shared>, r: request::EndSession) ->
 }
 
 /// Bodies never change, so that a read needs no leader.
-pub(super) async fn get(shared: &Arc<Shared>, r: request::Get) -> Answer {
+pub(super) async fn get(shared: &Arc<Shared>, r: request::Get) -> Result<Vec<Bytes>, Failure> {
     let names = split_names(&r.names)?;
     shared
         .blocking(move |shared| {
-            let (mut lens, mut bodies) = (BytesMut::new(), BytesMut::new());
+            let (mut bodies, mut bytes) = (Vec::with_capacity(names.len()), 0);
             for (i, name) in names.iter().enumerate() {
                 match read_body(shared, name) {
                     Ok(body) => {
-                        lens.extend_from_slice(&(body.len() as u32).to_le_bytes());
-                        bodies.extend_from_slice(&body);
+                        bytes += body.len();
+                        bodies.push(Bytes::from(body));
                     }
                     // What comes before is good; the next request opens with the bad one.
                     Err(_) if i > 0 => break,
                     Err(e) => return Err(e),
                 }
-                if bodies.len() >= ANSWER_BYTES {
+                if bytes >= ANSWER_BYTES {
                     break;
                 }
             }
-            Ok(response::Op::Bodies(response::Bodies {
-                lens: lens.freeze(),
-                bodies: bodies.freeze(),
-            }))
+            Ok(bodies)
         })
         .await
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message as _;
 use tidepool_proto::cluster::Node as Seed;
-use tidepool_proto::wire::{Request, Response, WireError, request, request::Op, response};
+use tidepool_proto::wire::{self, Request, Response, WireError, request, request::Op, response};
 use tidepool_proto::{ErrorKind, SandboxId};
 use tidepool_store_client::{Client, ClientError};
 use tidepool_store_core::{
@@ -162,35 +162,62 @@ impl From<DriverError> for Failure {
 
 pub(crate) type Answer = Result<response::Op, Failure>;
 
-/// Answers one request.
-pub(crate) async fn answer(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Response {
-    match dispatch(shared, caller, request).await {
-        Ok(op) => op.into(),
-        Err(failure) => {
-            if failure.kind == ErrorKind::Corruption {
-                shared.counters.corruption();
-                tracing::error!(error = %failure.text, "stored data is damaged");
-            }
-            if let Some(moved) = failure.moved {
-                return response::Op::NotLeader(moved).into();
-            }
-            response::Op::Error(response::Error {
-                kind: tidepool_proto::wire::kind_code(failure.kind),
-                text: failure.text,
-                again: failure.again,
-                upload_again: failure.upload_again,
-            })
-            .into()
+/// What a request is answered with.
+pub(crate) enum Answered {
+    Message(Response),
+    /// Bodies, which are sent as they were read.
+    Bodies(Vec<Bytes>),
+}
+
+impl From<Response> for Answered {
+    fn from(message: Response) -> Self {
+        Self::Message(message)
+    }
+}
+
+impl Answered {
+    /// The answer's frame in pieces.
+    pub(crate) fn frame(self) -> Result<Vec<Bytes>, WireError> {
+        match self {
+            Self::Message(message) => Ok(vec![wire::frame(&message)?]),
+            Self::Bodies(bodies) => wire::frame_bodies(bodies),
         }
     }
 }
 
+/// Answers one request.
+pub(crate) async fn answer(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Answered {
+    let answer = match request.op {
+        Some(Op::Get(r)) => chunks::get(shared, r).await.map(Answered::Bodies),
+        _ => {
+            let done = dispatch(shared, caller, request).await;
+            done.map(|op| Answered::Message(op.into()))
+        }
+    };
+    answer.unwrap_or_else(|failure| failed(shared, failure).into())
+}
+
+fn failed(shared: &Shared, failure: Failure) -> Response {
+    if failure.kind == ErrorKind::Corruption {
+        shared.counters.corruption();
+        tracing::error!(error = %failure.text, "stored data is damaged");
+    }
+    if let Some(moved) = failure.moved {
+        return response::Op::NotLeader(moved).into();
+    }
+    response::Op::Error(response::Error {
+        kind: wire::kind_code(failure.kind),
+        text: failure.text,
+        again: failure.again,
+        upload_again: failure.upload_again,
+    })
+    .into()
+}
+
 async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Answer {
+    let unknown = "the request is not one that this version knows";
     let Some(op) = request.op else {
-        return Err(Failure::new(
-            ErrorKind::Invalid,
-            "the request is not one that this version knows",
-        ));
+        return Err(Failure::new(ErrorKind::Invalid, unknown));
     };
     match op {
         Op::Status(_) => Ok(status(shared).await),
@@ -207,7 +234,8 @@ async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> An
         Op::Pin(r) => chunks::pin(shared, r).await,
         Op::Put(r) => chunks::put(shared, r).await,
         Op::EndSession(r) => chunks::end_session(shared, r).await,
-        Op::Get(r) => chunks::get(shared, r).await,
+        // Answered otherwise, see [`answer`].
+        Op::Get(_) => Err(Failure::new(ErrorKind::Failed, unknown)),
         Op::CreateSandbox(r) => sandboxes::create(shared, r).await,
         Op::TakeSandbox(r) => {
             let id = sandbox_id(&r.id)?;

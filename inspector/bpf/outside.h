@@ -5,7 +5,8 @@
 // - What is remembered counts for one generation. A change in an upper from outside begins a new one, and for a while after it nothing is remembered: a file that
 //   is moved or linked into an upper is marked dirty once more after the directory is, and before its name is there.
 // - Files without a name, or with several, are not remembered, nor what could not be followed to its end.
-// What a sandbox's own tasks do never comes here. The loader's process is left out: it makes uppers, and arms them again.
+// What a sandbox's own tasks do never comes here. The loader's process is left out, and where it wants that, those that it started: it
+// makes uppers, arms them again, and has sandboxes dumped, for which CRIU makes directories in them and takes them away.
 #ifndef TIDEPOOL_OUTSIDE_H
 #define TIDEPOOL_OUTSIDE_H
 
@@ -73,6 +74,19 @@ static __noinline int whose(const struct inode *inode, u32 dev)
 	return NOBODYS;
 }
 
+// Generations of processes between the loader and one that works for it.
+#define LINE 6
+
+static __always_inline int works_for(const struct task_struct *task, u32 own)
+{
+	for (u32 i = 0; i < LINE; i++) {
+		task = BPF_CORE_READ(task, real_parent);
+		if ((u32)BPF_CORE_READ(task, tgid) == own)
+			return 1;
+	}
+	return 0;
+}
+
 static __always_inline void note_outside(struct task_struct *task, const struct inode *inode, u32 dev)
 {
 	struct sandbox *sandbox;
@@ -111,6 +125,8 @@ static __always_inline void note_outside(struct task_struct *task, const struct 
 	}
 	*(volatile u64 *)&outside->changed = now;
 	__sync_fetch_and_add(&outside->generation, 1);
+	if (outside->started && works_for(task, outside->own))
+		return;
 	zero = at;
 	sandbox = bpf_map_lookup_elem(&SANDBOXES, &zero);
 	if (!sandbox || !sandbox->pid_ns || sandbox->dev != dev)

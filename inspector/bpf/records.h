@@ -43,12 +43,14 @@ struct outside {
 	u32 own;           // the loader's process, whose doing is not reported
 	u32 dev[DEVICES];  // devices of uppers, kernel form; 0 where there are fewer
 	u32 more;          // there are more
+	u32 started;       // what processes do that the loader started is not reported either
+	u32 pad;
 	u64 generation;    // of `known`; moves where something may have come to lie in an upper
 	u64 changed;       // when something in an upper was last changed from outside, by the kernel's coarse clock
 	u64 beyond;        // changes of which could not be told where they were
 	u64 known[KNOWN];  // {generation, inode}: surely in no upper. See note_outside
 };
-_Static_assert(sizeof(struct outside) == 48 + 8 * KNOWN, "mirrored in outside.rs");
+_Static_assert(sizeof(struct outside) == 56 + 8 * KNOWN, "mirrored in outside.rs");
 
 // The root of an upper.
 struct upper {

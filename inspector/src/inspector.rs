@@ -53,6 +53,9 @@ pub struct InspectorOptions {
     pub max_process_events: u32,
     /// Tasks of all sandboxes under a [`ThawWatch`] at a time together. More means that something ran. About 120 bytes of kernel memory each, when used.
     pub max_watched_tasks: u32,
+    /// What processes do to uppers that this one started (and theirs, a few times removed) does not come from outside: they dump and restore
+    /// sandboxes for it. What runs in a sandbox is never meant.
+    pub trust_started: bool,
     /// Use the form of the programs for kernels on which the better one cannot be loaded. Only for tests.
     #[doc(hidden)]
     pub plainest_form: bool,
@@ -76,6 +79,7 @@ impl Default for InspectorOptions {
             event_bytes: 8 << 20,
             max_process_events: 131_072,
             max_watched_tasks: 65_536,
+            trust_started: false,
             plainest_form: false,
             whole_readings: false,
             ignore_outside: false,

@@ -151,7 +151,7 @@ impl Hooks {
             return Err(InspectorError::Object("an array named OUTSIDE".into()));
         };
         let uppers = HashMap::try_from(map(&mut ebpf, "UPPERS")?).map_err(wrong)?;
-        let outside = Outside::map(outside.fd().as_fd(), uppers)
+        let outside = Outside::map(outside.fd().as_fd(), options.trust_started, uppers)
             .map_err(|e| kernel("what is known of changes from outside cannot be mapped", e))?;
         let mut this = Self {
             cells,

@@ -19,6 +19,8 @@ struct Shared {
     own: AtomicU32,
     dev: [AtomicU32; DEVICES],
     more: AtomicU32,
+    started: AtomicU32,
+    pad: u32,
     generation: AtomicU64,
     changed: AtomicU64,
     beyond: AtomicU64,
@@ -26,7 +28,7 @@ struct Shared {
 }
 
 const LENGTH: usize = size_of::<Shared>();
-const _: () = assert!(LENGTH == 48 + 8 * KNOWN);
+const _: () = assert!(LENGTH == 56 + 8 * KNOWN);
 
 /// `struct upper`: number and device of the root of an upper.
 pub(crate) type Upper = [u8; 16];
@@ -51,9 +53,10 @@ pub(crate) struct Outside {
 unsafe impl Send for Outside {}
 
 impl Outside {
-    /// With changes by this process left out.
+    /// With changes by this process left out, and those by processes that it `started` where that is so.
     pub(crate) fn map(
         map: BorrowedFd<'_>,
+        started: bool,
         uppers: HashMap<MapData, Upper, u32>,
     ) -> io::Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -77,9 +80,9 @@ impl Outside {
             uppers,
             devices: Vec::new(),
         };
-        this.shared()
-            .own
-            .store(std::process::id(), Ordering::SeqCst);
+        let shared = this.shared();
+        shared.started.store(u32::from(started), Ordering::SeqCst);
+        shared.own.store(std::process::id(), Ordering::SeqCst);
         Ok(this)
     }
 

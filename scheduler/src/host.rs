@@ -67,6 +67,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn load_inspector(config: &Config, warnings: &mut Vec<String>) -> Result<Arc<Inspector>> {
     let options = InspectorOptions {
         probe_set: config.probes.set(),
+        trust_started: true,
         ..InspectorOptions::default()
     };
     let inspector = Inspector::load(&options).map_err(|e| {

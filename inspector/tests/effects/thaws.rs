@@ -112,8 +112,17 @@ pub(crate) fn threads_find_back_after_a_freeze() -> Result<()> {
         for round in 0..50 {
             freezer.freeze()?;
             let watch = watched.inspector.watch_thaw(watched.slot)?;
-            ensure!(watch.poll(0)? == Thaw::Pending, "v2 {v2}: still frozen");
+            let before = watch.poll(0)?;
             freezer.thaw()?;
+            // A thread that the freezer found in the midst of something is in doubt at once.
+            if before != Thaw::Pending {
+                let what = format!("v2 {v2}, round {round}, while frozen: {before:?}");
+                ensure!(matches!(before, Thaw::Ran(_)) && doubted < DOUBTS, "{what}");
+                eprintln!("{what}");
+                doubted += 1;
+                watched.settled()?;
+                continue;
+            }
             let thaw = answer(&watch)?;
             drop(watch);
             if ran(&thaw, ThawBecause::Moved) && doubted < DOUBTS {

@@ -107,6 +107,19 @@ fn write_all(store: &dyn BodyStore, queue: &Receiver<Job>, driver: &Handle) {
     }
 }
 
+/// Which of these need not be brought: they are stored, and not known to be damaged.
+pub(crate) fn sound(
+    store: &dyn BodyStore,
+    damaged: &Damaged,
+    names: &[ChunkName],
+) -> Result<Vec<bool>, DbError> {
+    let stored = store.has(names)?;
+    let all = stored.into_iter().zip(names);
+    Ok(all
+        .map(|(is, name)| is && !damaged.contains(name))
+        .collect())
+}
+
 /// Names whose bodies were found damaged since the node started. They count as missing, so that the next upload heals them.
 #[derive(Debug, Default)]
 pub(crate) struct Damaged {

@@ -9,7 +9,7 @@ use tidepool_proto::ChunkName;
 use tidepool_store_core::{ShardMap, keys};
 use tidepool_store_raft::{Disk, DiskError, DiskOp, LoadedLog, StagedRow};
 
-use crate::bodies::{BodyStore, Damaged};
+use crate::bodies::{self, BodyStore, Damaged};
 use crate::db::{Batch, Db, DbError};
 use crate::holds::Holds;
 use crate::logs;
@@ -88,8 +88,8 @@ impl Disk for NodeDisk {
     }
 
     fn has_body(&self, name: &ChunkName) -> Result<bool, DiskError> {
-        let has = self.bodies.has(std::slice::from_ref(name))?;
-        Ok(has.first() == Some(&true) && !self.damaged.contains(name))
+        let sound = bodies::sound(&*self.bodies, &self.damaged, std::slice::from_ref(name))?;
+        Ok(sound.first() == Some(&true))
     }
 
     fn delete_bodies(&mut self, group: u32, names: &[ChunkName]) -> Result<(), DiskError> {

@@ -15,7 +15,7 @@ use tidepool_store_raft::Envelope;
 use super::Inbox;
 use super::net::{Ask, PeerRequest, bodies_of};
 use super::push::{Arrivals, Coming};
-use crate::bodies::{BodyStore, BodyWriter, Damaged};
+use crate::bodies::{self, BodyStore, BodyWriter, Damaged};
 use crate::db::Db;
 use crate::driver::Handle;
 use crate::stats::Counters;
@@ -37,13 +37,13 @@ const CHECK_HERE: usize = 256 << 10;
 
 impl PeerInbox {
     /// The bodies of a push that are good, of groups that are here, and not stored yet.
-    fn wanted(&self, coming: &Coming, bodies: Bytes) -> Result<Vec<(ChunkName, Bytes)>, String> {
-        let bodies = split_bodies(&coming.lens, bodies).map_err(|e| e.to_string())?;
-        let has = self.bodies.has(&coming.names).map_err(|e| e.to_string())?;
-        let mut wanted = Vec::with_capacity(bodies.len());
-        for ((name, body), has) in coming.names.iter().zip(bodies).zip(has) {
-            if has && !self.damaged.contains(name) || !self.driver.is_here(self.map.of_chunk(name))
-            {
+    fn wanted(&self, coming: &Coming, arrived: Bytes) -> Result<Vec<(ChunkName, Bytes)>, String> {
+        let arrived = split_bodies(&coming.lens, arrived).map_err(|e| e.to_string())?;
+        let sound = bodies::sound(&*self.bodies, &self.damaged, &coming.names);
+        let sound = sound.map_err(|e| e.to_string())?;
+        let mut wanted = Vec::with_capacity(arrived.len());
+        for ((name, body), sound) in coming.names.iter().zip(arrived).zip(sound) {
+            if sound || !self.driver.is_here(self.map.of_chunk(name)) {
                 continue;
             }
             check(&body).map_err(|e| format!("chunk {name} arrived damaged: {e}"))?;

@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::{Arrivals, Peers};
-use crate::bodies::{BodyStore, BodyWriter, Damaged};
+use crate::bodies::{self, BodyStore, BodyWriter, Damaged};
 use crate::db::{Db, DbError};
 use crate::driver::{Handle, Net};
 use crate::logs;
@@ -159,9 +159,9 @@ impl PeerNet {
     }
 
     fn missing(&self, names: &[ChunkName]) -> Result<Vec<ChunkName>, String> {
-        let has = self.bodies.has(names).map_err(|e| e.to_string())?;
-        let all = names.iter().zip(has);
-        let missing = all.filter(|(name, has)| !has || self.damaged.contains(name));
+        let sound = bodies::sound(&*self.bodies, &self.damaged, names);
+        let all = names.iter().zip(sound.map_err(|e| e.to_string())?);
+        let missing = all.filter(|(_, sound)| !sound);
         Ok(missing.map(|(name, _)| *name).collect())
     }
 

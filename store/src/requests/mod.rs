@@ -187,13 +187,7 @@ impl Answered {
 
 /// Answers one request.
 pub(crate) async fn answer(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Answered {
-    let answer = match request.op {
-        Some(Op::Get(r)) => chunks::get(shared, r).await.map(Answered::Bodies),
-        _ => {
-            let done = dispatch(shared, caller, request).await;
-            done.map(|op| Answered::Message(op.into()))
-        }
-    };
+    let answer = dispatch(shared, caller, request).await;
     answer.unwrap_or_else(|failure| failed(shared, failure).into())
 }
 
@@ -214,12 +208,18 @@ fn failed(shared: &Shared, failure: Failure) -> Response {
     .into()
 }
 
-async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> Answer {
-    let unknown = "the request is not one that this version knows";
+async fn dispatch(
+    shared: &Arc<Shared>,
+    caller: &Caller,
+    request: Request,
+) -> Result<Answered, Failure> {
     let Some(op) = request.op else {
-        return Err(Failure::new(ErrorKind::Invalid, unknown));
+        return Err(Failure::new(
+            ErrorKind::Invalid,
+            "the request is not one that this version knows",
+        ));
     };
-    match op {
+    let answer = match op {
         Op::Status(_) => Ok(status(shared).await),
         Op::Topology(_) => shared.blocking(cluster::topology).await,
         Op::Join(r) => join::join(shared, caller, r).await,
@@ -234,8 +234,7 @@ async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> An
         Op::Pin(r) => chunks::pin(shared, r).await,
         Op::Put(r) => chunks::put(shared, r).await,
         Op::EndSession(r) => chunks::end_session(shared, r).await,
-        // Answered otherwise, see [`answer`].
-        Op::Get(_) => Err(Failure::new(ErrorKind::Failed, unknown)),
+        Op::Get(r) => return Ok(Answered::Bodies(chunks::get(shared, r).await?)),
         Op::CreateSandbox(r) => sandboxes::create(shared, r).await,
         Op::TakeSandbox(r) => {
             let id = sandbox_id(&r.id)?;
@@ -273,7 +272,8 @@ async fn dispatch(shared: &Arc<Shared>, caller: &Caller, request: Request) -> An
         Op::SetPolicies(r) => retention::set_policies(shared, r).await,
         Op::Policies(_) => retention::policies(shared).await,
         Op::LabelSandbox(r) => retention::label(shared, r).await,
-    }
+    };
+    Ok(Answered::Message(answer?.into()))
 }
 
 /// Whether the answer may be long.

@@ -60,15 +60,16 @@ pub(crate) struct BodyWriter {
 }
 
 impl BodyWriter {
-    /// A write that fails ends the node.
+    /// A write that fails ends the node. What is written is damaged no more.
     pub(crate) fn start(
         store: Arc<dyn BodyStore>,
+        damaged: Arc<Damaged>,
         driver: Handle,
     ) -> Result<(Self, JoinHandle<()>), std::io::Error> {
         let (jobs, queue) = channel();
         let thread = std::thread::Builder::new()
             .name("store-bodies".into())
-            .spawn(move || write_all(&*store, &queue, &driver))?;
+            .spawn(move || write_all(&*store, &damaged, &queue, &driver))?;
         Ok((Self { jobs }, thread))
     }
 
@@ -81,7 +82,12 @@ impl BodyWriter {
     }
 }
 
-fn write_all(store: &dyn BodyStore, queue: &Receiver<Job>, driver: &Handle) {
+fn write_all(
+    store: &dyn BodyStore,
+    damaged: &Damaged,
+    queue: &Receiver<Job>,
+    driver: &Handle,
+) {
     while let Ok(first) = queue.recv() {
         let mut answers = vec![first.answer];
         let mut bodies = first.bodies;
@@ -94,6 +100,9 @@ fn write_all(store: &dyn BodyStore, queue: &Receiver<Job>, driver: &Handle) {
             answers.push(next.answer);
         }
         let result = store.put(&bodies);
+        if result.is_ok() {
+            damaged.healed(bodies.iter().map(|(name, _)| name));
+        }
         drop(bodies);
         // What is on disk is unknown then: nothing may be promised any more.
         if let Err(e) = &result
@@ -143,10 +152,10 @@ impl Damaged {
         self.with(|names| names.contains(name))
     }
 
-    pub(crate) fn healed(&self, bodies: &[ChunkName]) {
+    fn healed<'a>(&self, written: impl Iterator<Item = &'a ChunkName>) {
         self.with(|names| {
             if !names.is_empty() {
-                for name in bodies {
+                for name in written {
                     names.remove(name);
                 }
             }

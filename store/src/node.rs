@@ -131,7 +131,7 @@ impl Node {
         let thread = |e| StoreError::io("thread", e);
         let (driver, inputs) = Handle::new();
         let (writer, writer_thread) =
-            BodyWriter::start(bodies.clone(), driver.clone()).map_err(thread)?;
+            BodyWriter::start(bodies.clone(), damaged.clone(), driver.clone()).map_err(thread)?;
         let (endpoint, local) = listen(&cfg, &pki)?;
         let arrivals = Arc::new(Arrivals::default());
         let inbox = Arc::new(PeerInbox {

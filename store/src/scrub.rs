@@ -290,7 +290,6 @@ async fn mend(shared: &Arc<Shared>, name: &ChunkName, why: &str) -> Result<(), F
             let of = *name;
             if shared.blocking(move |shared| named(shared, &of)).await? {
                 shared.writer.put(vec![(*name, body)]).await?;
-                shared.damaged.healed(&[*name]);
                 shared.scrubber.with(|report| report.repaired += 1);
                 tracing::warn!(chunk = %name, why, "a damaged body was mended from a peer");
             }

@@ -194,11 +194,10 @@ impl PeerNet {
             let answer = ask_bodies(&self.peers, from, group, index, part).await?;
             gone.extend(answer.gone);
             if !answer.found.is_empty() {
-                let stored: Vec<ChunkName> = answer.found.iter().map(|(n, _)| *n).collect();
+                let count = answer.found.len();
                 let put = self.writer.put(answer.found).await;
                 put.map_err(|e| e.to_string())?;
-                self.damaged.healed(&stored);
-                self.counters.fetched(stored.len());
+                self.counters.fetched(count);
             }
             at += answer.looked_at;
         }

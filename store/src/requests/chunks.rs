@@ -129,7 +129,6 @@ pub(super) async fn put(shared: &Arc<Shared>, r: request::Put) -> Answer {
             push(shared, &new);
             answer.stored_bytes += new.iter().map(|(_, b)| b.len() as u64).sum::<u64>();
             shared.writer.put(std::mem::take(&mut new)).await?;
-            shared.damaged.healed(&names);
             stored.extend(names);
         }
         let commands = open.iter().map(|(group, names)| {

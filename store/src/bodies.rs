@@ -31,7 +31,9 @@ pub trait BodyStore: Send + Sync + 'static {
     /// synced write of the database's log. `Full` promises nothing and may be tried again.
     fn put(&self, bodies: &[(ChunkName, Bytes)]) -> Result<(), DbError>;
     /// A body as it was stored, or `Corruption` where it is not that any more.
-    fn get(&self, name: &ChunkName) -> Result<Option<Vec<u8>>, DbError>;
+    fn get(&self, name: &ChunkName) -> Result<Option<Bytes>, DbError>;
+    /// The same for less: the body's own checksum is not computed. For those who hand it to somebody that does.
+    fn get_unverified(&self, name: &ChunkName) -> Result<Option<Bytes>, DbError>;
     /// Which of these are stored, unread: one that is damaged counts as stored until someone reads it.
     fn has(&self, names: &[ChunkName]) -> Result<Vec<bool>, DbError>;
     /// Deletes bodies, durable with the next synced write of the database's log; their space comes back soon after. Names that are
@@ -82,12 +84,7 @@ impl BodyWriter {
     }
 }
 
-fn write_all(
-    store: &dyn BodyStore,
-    damaged: &Damaged,
-    queue: &Receiver<Job>,
-    driver: &Handle,
-) {
+fn write_all(store: &dyn BodyStore, damaged: &Damaged, queue: &Receiver<Job>, driver: &Handle) {
     while let Ok(first) = queue.recv() {
         let mut answers = vec![first.answer];
         let mut bodies = first.bodies;

@@ -61,7 +61,7 @@ async fn join(dir: &Path, n: u64, through: &Node) -> Node {
     Node::start(cfg).await.unwrap()
 }
 
-/// Waits until every group's leader counts exactly its target as its members, and each of these knows it.
+/// Waits until every group's leader is the preferred one and counts exactly its target as its members, and each of these knows it.
 async fn settled(nodes: &BTreeMap<u64, Node>, replicas: usize) {
     let began = Instant::now();
     let client = operator(nodes.values().next().unwrap()).await;
@@ -81,9 +81,11 @@ async fn settled(nodes: &BTreeMap<u64, Node>, replicas: usize) {
             let Some((_, led)) = of.iter().find(|(node, g)| g.leader == *node) else {
                 return false;
             };
+            let preferred = led.targets.first() == Some(&led.leader);
             let mut targets = led.targets.clone();
             targets.sort_unstable();
-            led.voters == targets
+            preferred
+                && led.voters == targets
                 && (group == 0 || led.voters.len() == replicas && of.len() == replicas)
                 && of
                     .iter()

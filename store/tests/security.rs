@@ -210,6 +210,7 @@ async fn wrong_requests_are_refused_one_by_one() {
         put(&name, &len, flipped.into()),
         Op::Get(request::Get {
             names: name.slice(2..),
+            verify: false,
         }),
         Op::EndSession(request::EndSession {
             session: short.clone(),

@@ -81,12 +81,12 @@ impl Client {
         let mut bodies: Vec<Bytes> = Vec::with_capacity(names.len());
         while bodies.len() < names.len() {
             let left = &names[bodies.len()..];
-            let op = request::Op::Get(request::Get {
-                names: join_names(left),
-            });
-            for body in answer(self.link.call(op).await?, left)? {
-                body_is_whole(&names[bodies.len()], &body)?;
-                bodies.push(body);
+            for body in answer(self.link.call(get(left)).await?, left)? {
+                let name = &names[bodies.len()];
+                bodies.push(match body_is_whole(name, &body) {
+                    Ok(()) => body,
+                    Err(e) => verified(self.link.call(get_verified(name)).await, name, e)?,
+                });
             }
         }
         Ok(bodies)
@@ -181,17 +181,21 @@ impl Client {
         let mut at = 0;
         while at < names.len() {
             let left = &names[at..];
-            let op = request::Op::Get(request::Get {
-                names: join_names(left),
-            });
-            let result = self.link.once(node, op).await;
+            let result = self.link.once(node, get(left)).await;
             match result.and_then(|op| answer(op, left)) {
                 Ok(bodies) => {
                     for body in bodies {
                         let name = names[at];
                         at += 1;
-                        match body_is_whole(&name, &body) {
-                            Ok(()) => got.bodies.push((name, body)),
+                        let body = match body_is_whole(&name, &body) {
+                            Ok(()) => Ok(body),
+                            Err(e) => {
+                                let again = self.link.once(node, get_verified(&name)).await;
+                                verified(again, &name, e)
+                            }
+                        };
+                        match body {
+                            Ok(body) => got.bodies.push((name, body)),
                             Err(e) => got.failed.push((name, e)),
                         }
                     }
@@ -227,6 +231,32 @@ fn answer(op: response::Op, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientErr
         return Err(ClientError::unexpected());
     }
     Ok(bodies)
+}
+
+fn get(names: &[ChunkName]) -> request::Op {
+    request::Op::Get(request::Get {
+        names: join_names(names),
+        verify: false,
+    })
+}
+
+/// For a body that arrived damaged: so its node finds out, counts it as missing and has it mended.
+fn get_verified(name: &ChunkName) -> request::Op {
+    request::Op::Get(request::Get {
+        names: join_names([name]),
+        verify: true,
+    })
+}
+
+/// What came of that. A body that is whole now was damaged on its way; `first` is what was wrong with it.
+fn verified(
+    again: Result<response::Op, ClientError>,
+    name: &ChunkName,
+    first: ClientError,
+) -> Result<Bytes, ClientError> {
+    let body = answer(again?, std::slice::from_ref(name))?.pop();
+    let body = body.ok_or(first)?;
+    body_is_whole(name, &body).map(|()| body)
 }
 
 fn body_is_whole(name: &ChunkName, body: &Bytes) -> Result<(), ClientError> {

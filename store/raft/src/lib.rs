@@ -13,15 +13,19 @@
 //! Elsewhere on purpose: commands and their meaning (`store/core`), bytes on disk and on the wire (`store`), who should be where (meta's records).
 
 pub mod api;
+mod calls;
 pub mod disk;
 pub mod envelope;
+mod fetches;
 pub mod group;
 mod install;
 pub mod log;
 mod machine;
+mod messages;
 pub mod page;
 mod parked;
 pub mod plan;
+mod report;
 mod room;
 mod turn;
 mod view;

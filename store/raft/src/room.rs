@@ -4,7 +4,14 @@
 //! hands leadership over ([`crate::plan`]), and says again and again that it has none, that nobody hands it back; when it says so no more,
 //! all is as before. Nothing of this is kept: it is about now.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use tidepool_store_core::META_GROUP;
+
+use crate::disk::Disk;
+use crate::envelope::Body;
+use crate::machine::{CAUGHT_UP, Core};
+use crate::plan::{Known, heir};
 
 /// Ticks between two times that it is said.
 pub(crate) const SAY_TICKS: u64 = 5;
@@ -45,5 +52,40 @@ impl Room {
     pub(crate) fn tick(&mut self, tick: u64) {
         self.without
             .retain(|_, said| tick.saturating_sub(*said) <= FORGET_TICKS);
+    }
+}
+
+impl<D: Disk> Core<D> {
+    /// Whether new writes may be taken here.
+    pub(crate) fn has_room(&self) -> bool {
+        self.room.is_here() && !self.stalled()
+    }
+
+    /// Who takes a group that this node leads and has no room for.
+    pub(crate) fn heir(&self, number: u32) -> Option<u64> {
+        let (group, target) = (&self.groups.get(&number)?.group, self.targets.get(&number)?);
+        let known = Known {
+            caught_up: &|id| group.lag(id).is_some_and(|lag| lag <= CAUGHT_UP),
+            room: &|id| self.room_at(id),
+        };
+        heir(self.cfg.node, group.conf(), target, &known)
+    }
+
+    pub(crate) fn room_at(&self, node: u64) -> bool {
+        if node == self.cfg.node {
+            self.has_room()
+        } else {
+            self.room.is_at(node)
+        }
+    }
+
+    /// Says to all who may lead that this node must not.
+    pub(crate) fn say_no_room(&mut self) {
+        let confs = self.groups.values().map(|r| r.group.conf());
+        let members = confs.flat_map(|c| c.voters.iter().chain(&c.learners));
+        let others: BTreeSet<u64> = members.copied().filter(|n| *n != self.cfg.node).collect();
+        for to in others {
+            self.post(to, META_GROUP, Body::NoRoom);
+        }
     }
 }

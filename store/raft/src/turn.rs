@@ -11,10 +11,11 @@ use tidepool_store_core::bugs::{Bug, is_armed};
 use tidepool_store_core::{Command, Group as Kind, META_GROUP, Outcome, Refusal, Reply, apply};
 
 use crate::api::{Action, CoreError, Rejection};
+use crate::calls::waiting;
 use crate::disk::{Disk, DiskError, DiskOp};
 use crate::envelope::Body;
 use crate::group::Committed;
-use crate::machine::{Core, waiting};
+use crate::machine::Core;
 use crate::view::StateView;
 
 type Answers = Vec<(u64, Result<Reply, Refusal>)>;

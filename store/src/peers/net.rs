@@ -97,7 +97,7 @@ pub(super) fn bodies_of(
             Ok(Some(body)) => {
                 bytes += body.len();
                 found.push(*name);
-                all.push(Bytes::from(body));
+                all.push(body);
             }
             Ok(None) if may_be_gone => {
                 let row = db.state(request.group, &keys::chunk(name));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -179,32 +179,18 @@ pub(super) fn write_all(
     Ok(())
 }
 
-/// Fills both buffers from `offset` on. False: the file ends before.
-pub(super) fn read_two(
-    file: &File,
-    first: &mut [u8],
-    second: &mut [u8],
-    offset: u64,
-) -> io::Result<bool> {
-    let wanted = first.len() + second.len();
-    let mut have = 0;
-    while have < wanted {
-        let result = if have < first.len() {
-            let mut slices = [
-                IoSliceMut::new(&mut first[have..]),
-                IoSliceMut::new(&mut *second),
-            ];
-            rustix::io::preadv(file, &mut slices, offset + have as u64)
-        } else {
-            let rest = &mut second[have - first.len()..];
-            rustix::io::pread(file, rest, offset + have as u64)
-        };
-        match result {
-            Ok(0) => return Ok(false),
-            Ok(n) => have += n,
-            Err(rustix::io::Errno::INTR) => {}
+/// `len` bytes from `offset` on. None: the file ends before.
+pub(super) fn read(file: &File, offset: u64, len: usize) -> io::Result<Option<Vec<u8>>> {
+    // Zeros first would cost as much as the reading.
+    let mut out = Vec::with_capacity(len);
+    while out.len() < len {
+        let at = offset + out.len() as u64;
+        match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut out), at) {
+            Ok(0) => return Ok(None),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
     }
-    Ok(true)
+    out.truncate(len);
+    Ok(Some(out))
 }

@@ -10,11 +10,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tidepool_proto::ChunkName;
 
 use super::format::{Head, Place, RECORD_HEADER, SEGMENT_HEADER};
 use super::index::{self, IndexBatch};
-use super::{Inner, Put, files, lock};
+use super::{Inner, Put, Verify, files, lock};
 use crate::db::DbError;
 
 /// Bodies written again at once, in bytes.
@@ -230,16 +231,15 @@ impl Work<'_> {
             Err(e) => return damaged(&e.to_string()),
         };
         let mut at = SEGMENT_HEADER as u64;
-        let mut moved: Vec<(ChunkName, Vec<u8>)> = Vec::new();
+        let mut moved: Vec<(ChunkName, Bytes)> = Vec::new();
         let mut places: Vec<Place> = Vec::new();
         let mut bytes = 0;
         while at < end {
-            let mut head = [0; RECORD_HEADER];
-            match files::read_two(&file, &mut head, &mut [], at) {
-                Ok(true) => {}
-                Ok(false) => return damaged("it is too short"),
+            let head = match files::read(&file, at, RECORD_HEADER) {
+                Ok(Some(head)) => head,
+                Ok(None) => return damaged("it is too short"),
                 Err(e) => return damaged(&e.to_string()),
-            }
+            };
             let (Some(head), Ok(offset)) = (Head::decode(&head), u32::try_from(at)) else {
                 return damaged("a record's header is damaged");
             };
@@ -250,7 +250,7 @@ impl Work<'_> {
             };
             at = place.end();
             if index::place(&inner.db, &head.name)? == Some(place) {
-                match inner.read(&head.name, place) {
+                match inner.read(&head.name, place, Verify::All) {
                     Ok(body) => {
                         bytes += body.len();
                         moved.push((head.name, body));

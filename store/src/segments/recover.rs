@@ -131,11 +131,9 @@ fn seal_all_but(inner: &Inner, open: Option<u32>) -> Result<(), DbError> {
 }
 
 fn read_header(file: &File, segment: u32) -> std::io::Result<Result<(), &'static str>> {
-    let mut bytes = [0; SEGMENT_HEADER];
-    Ok(if files::read_two(file, &mut bytes, &mut [], 0)? {
-        check_segment_header(segment, &bytes)
-    } else {
-        Err("it ends within its header")
+    Ok(match files::read(file, 0, SEGMENT_HEADER)? {
+        Some(bytes) => check_segment_header(segment, &bytes),
+        None => Err("it ends within its header"),
     })
 }
 
@@ -191,11 +189,11 @@ fn record(
     at: u64,
     len: u64,
 ) -> std::io::Result<Option<(ChunkName, Place)>> {
-    let mut head = [0; RECORD_HEADER];
-    if at + RECORD_HEADER as u64 > len || !files::read_two(file, &mut head, &mut [], at)? {
+    if at + RECORD_HEADER as u64 > len {
         return Ok(None);
     }
-    let Some(head) = Head::decode(&head) else {
+    let head = files::read(file, at, RECORD_HEADER)?;
+    let Some(head) = head.as_deref().and_then(Head::decode) else {
         return Ok(None);
     };
     let Ok(offset) = u32::try_from(at) else {
@@ -209,8 +207,7 @@ fn record(
     if place.end() > len {
         return Ok(None);
     }
-    let mut body = vec![0; head.len as usize];
-    let whole = files::read_two(file, &mut body, &mut [], at + RECORD_HEADER as u64)?;
-    let good = whole && head.verify(segment, offset, &body).is_ok();
+    let body = files::read(file, at + RECORD_HEADER as u64, head.len as usize)?;
+    let good = body.is_some_and(|body| head.verify(segment, offset, &body).is_ok());
     Ok(good.then_some((head.name, place)))
 }

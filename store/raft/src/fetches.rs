@@ -6,6 +6,7 @@ use crate::api::{Action, CoreError};
 use crate::disk::{Disk, DiskError};
 use crate::install;
 use crate::machine::Core;
+use crate::messages::everybody;
 use crate::parked;
 
 /// What one is for: a group's appends, or its raft snapshot.
@@ -125,10 +126,7 @@ impl<D: Disk> Core<D> {
 
 /// Whom to ask for bodies: the sender of what names them, who should have them, and after fetches in vain the other members in turn.
 fn source(conf: &ConfState, me: u64, sender: u64, in_vain: usize) -> u64 {
-    let all = conf.voters.iter().chain(&conf.voters_outgoing);
-    let all = all.chain(&conf.learners).chain(&conf.learners_next);
-    let mut others: Vec<u64> = all
-        .copied()
+    let mut others: Vec<u64> = everybody(conf)
         .filter(|id| ![me, sender].contains(id))
         .collect();
     others.sort_unstable();

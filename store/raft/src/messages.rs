@@ -69,7 +69,7 @@ impl<D: Disk> Core<D> {
             Body::Member { last } => {
                 if let Some(replica) = self.groups.get(&number)
                     && replica.group.is_ready()
-                    && !is_member(replica.group.conf(), from)
+                    && !everybody(replica.group.conf()).any(|id| id == from)
                     && last <= replica.group.applied_at().0
                 {
                     let index = replica.group.applied_at().0;
@@ -159,9 +159,8 @@ impl<D: Disk> Core<D> {
             return;
         }
         let last = replica.group.last_index();
-        let conf = replica.group.conf().clone();
+        let mut asked: Vec<u64> = everybody(replica.group.conf()).collect();
         let target = self.targets.get(&number);
-        let mut asked: Vec<u64> = conf.voters.iter().chain(&conf.learners).copied().collect();
         asked.extend(target.iter().flat_map(|t| &t.voters));
         asked.sort_unstable();
         asked.dedup();
@@ -185,14 +184,13 @@ fn knows_nobody(conf: &ConfState) -> bool {
     conf.voters.is_empty() && conf.learners.is_empty()
 }
 
-/// Whether a node belongs to a group in any way.
-fn is_member(conf: &ConfState, node: u64) -> bool {
-    [
+/// Everybody who belongs to a group in any way: who votes or learns, now or before or after the change under way. One may come several times.
+pub(crate) fn everybody(conf: &ConfState) -> impl Iterator<Item = u64> + '_ {
+    let lists = [
         &conf.voters,
-        &conf.learners,
         &conf.voters_outgoing,
+        &conf.learners,
         &conf.learners_next,
-    ]
-    .iter()
-    .any(|list| list.contains(&node))
+    ];
+    lists.into_iter().flatten().copied()
 }

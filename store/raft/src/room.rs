@@ -11,6 +11,7 @@ use tidepool_store_core::META_GROUP;
 use crate::disk::Disk;
 use crate::envelope::Body;
 use crate::machine::{CAUGHT_UP, Core};
+use crate::messages::everybody;
 use crate::plan::{Known, heir};
 
 /// Ticks between two times that it is said.
@@ -82,8 +83,10 @@ impl<D: Disk> Core<D> {
     /// Says to all who may lead that this node must not.
     pub(crate) fn say_no_room(&mut self) {
         let confs = self.groups.values().map(|r| r.group.conf());
-        let members = confs.flat_map(|c| c.voters.iter().chain(&c.learners));
-        let others: BTreeSet<u64> = members.copied().filter(|n| *n != self.cfg.node).collect();
+        let others: BTreeSet<u64> = confs
+            .flat_map(everybody)
+            .filter(|n| *n != self.cfg.node)
+            .collect();
         for to in others {
             self.post(to, META_GROUP, Body::NoRoom);
         }

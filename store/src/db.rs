@@ -111,7 +111,7 @@ impl Db {
         options.create_missing_column_families(true);
         options.set_paranoid_checks(true);
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
-        options.set_max_total_wal_size(256 << 20);
+        options.set_max_total_wal_size(128 << 20);
         options.set_max_background_jobs(2);
         options.set_max_open_files(512);
         options.set_db_write_buffer_size(96 << 20);

@@ -60,7 +60,9 @@ impl Etcd {
                 .stdout(Stdio::null())
                 .stderr(File::create(&log)?)
                 // Debian's start script sets such variables; none of them is meant here.
-                .env_clear();
+                .env_clear()
+                // Without it the binary is looked for in the system's directories only.
+                .envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
             nodes.push(Process::start(&mut command)?);
         }
         let addrs: Vec<SocketAddr> = members.iter().map(|m| m.2).collect();

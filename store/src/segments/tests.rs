@@ -255,11 +255,7 @@ fn a_crash_between_any_two_steps_loses_nothing() {
         for _ in 0..2 {
             let segments = place.open(small());
             for (name, body) in &stored {
-                assert_eq!(
-                    segments.get(name).unwrap().as_ref(),
-                    Some(body),
-                    "{n}"
-                );
+                assert_eq!(segments.get(name).unwrap().as_ref(), Some(body), "{n}");
             }
             for (name, body) in &maybe {
                 let got = segments.get(name).unwrap();

@@ -81,12 +81,9 @@ impl Client {
         let mut bodies: Vec<Bytes> = Vec::with_capacity(names.len());
         while bodies.len() < names.len() {
             let left = &names[bodies.len()..];
-            for body in answer(self.link.call(get(left)).await?, left)? {
+            for body in answer(self.link.call(get(left, false)).await?, left)? {
                 let name = &names[bodies.len()];
-                bodies.push(match body_is_whole(name, &body) {
-                    Ok(()) => body,
-                    Err(e) => verified(self.link.call(get_verified(name)).await, name, e)?,
-                });
+                bodies.push(sound(name, body, |op| self.link.call(op)).await?);
             }
         }
         Ok(bodies)
@@ -181,20 +178,13 @@ impl Client {
         let mut at = 0;
         while at < names.len() {
             let left = &names[at..];
-            let result = self.link.once(node, get(left)).await;
+            let result = self.link.once(node, get(left, false)).await;
             match result.and_then(|op| answer(op, left)) {
                 Ok(bodies) => {
                     for body in bodies {
                         let name = names[at];
                         at += 1;
-                        let body = match body_is_whole(&name, &body) {
-                            Ok(()) => Ok(body),
-                            Err(e) => {
-                                let again = self.link.once(node, get_verified(&name)).await;
-                                verified(again, &name, e)
-                            }
-                        };
-                        match body {
+                        match sound(&name, body, |op| self.link.once(node, op)).await {
                             Ok(body) => got.bodies.push((name, body)),
                             Err(e) => got.failed.push((name, e)),
                         }
@@ -233,29 +223,29 @@ fn answer(op: response::Op, names: &[ChunkName]) -> Result<Vec<Bytes>, ClientErr
     Ok(bodies)
 }
 
-fn get(names: &[ChunkName]) -> request::Op {
+fn get(names: &[ChunkName], verify: bool) -> request::Op {
     request::Op::Get(request::Get {
         names: join_names(names),
-        verify: false,
+        verify,
     })
 }
 
-/// For a body that arrived damaged: so its node finds out, counts it as missing and has it mended.
-fn get_verified(name: &ChunkName) -> request::Op {
-    request::Op::Get(request::Get {
-        names: join_names([name]),
-        verify: true,
-    })
-}
-
-/// What came of that. A body that is whole now was damaged on its way; `first` is what was wrong with it.
-fn verified(
-    again: Result<response::Op, ClientError>,
+/// A body that arrived, if it is whole. Its node is asked again where it is not, for what it verifies itself: so it learns of the damage, counts
+/// the body as missing and has it mended. What is whole then was damaged on its way.
+async fn sound<F>(
     name: &ChunkName,
-    first: ClientError,
-) -> Result<Bytes, ClientError> {
-    let body = answer(again?, std::slice::from_ref(name))?.pop();
-    let body = body.ok_or(first)?;
+    body: Bytes,
+    again: impl FnOnce(request::Op) -> F,
+) -> Result<Bytes, ClientError>
+where
+    F: Future<Output = Result<response::Op, ClientError>>,
+{
+    if body_is_whole(name, &body).is_ok() {
+        return Ok(body);
+    }
+    let names = std::slice::from_ref(name);
+    let answered = answer(again(get(names, true)).await?, names)?.pop();
+    let body = answered.ok_or_else(ClientError::unexpected)?;
     body_is_whole(name, &body).map(|()| body)
 }
 

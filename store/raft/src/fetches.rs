@@ -1,6 +1,7 @@
 //! Bodies and pages of raft snapshots that are fetched from other members, for appends that wait and for new replicas.
 
 use raft::eraftpb::ConfState;
+use tidepool_proto::ChunkName;
 
 use crate::api::{Action, CoreError};
 use crate::disk::{Disk, DiskError};
@@ -17,24 +18,44 @@ pub(crate) enum Fetch {
 }
 
 impl<D: Disk> Core<D> {
+    /// Where it stands which fetch is waited for.
+    fn awaited(&mut self, what: Fetch) -> Option<&mut Option<u64>> {
+        let (Fetch::Parked(group) | Fetch::Install(group)) = what;
+        let replica = self.groups.get_mut(&group)?;
+        Some(match what {
+            Fetch::Parked(_) => &mut replica.parked.fetch,
+            Fetch::Install(_) => &mut replica.install.as_mut()?.fetch,
+        })
+    }
+
     /// What an answered fetch was for; none where that is not waited for any more: another snapshot took the place of the one it was
     /// for, or the group went and came again. A page of one view must never pass for one of another.
     pub(crate) fn take_fetch(&mut self, fetch: u64) -> Option<Fetch> {
         let what = self.fetches.remove(&fetch)?;
-        let (Fetch::Parked(group) | Fetch::Install(group)) = what;
-        let replica = self.groups.get(&group)?;
-        let awaited = match what {
-            Fetch::Parked(_) => replica.parked.fetch,
-            Fetch::Install(_) => replica.install.as_ref()?.fetch,
-        };
-        (awaited == Some(fetch)).then_some(what)
+        (*self.awaited(what)? == Some(fetch)).then_some(what)
     }
 
-    pub(crate) fn fetch(&mut self, what: Fetch) -> u64 {
+    /// A new fetch, which is waited for from now on.
+    fn fetch(&mut self, what: Fetch) -> u64 {
         let fetch = self.next_fetch;
         self.next_fetch += 1;
         self.fetches.insert(fetch, what);
+        if let Some(awaited) = self.awaited(what) {
+            *awaited = Some(fetch);
+        }
         fetch
+    }
+
+    fn fetch_bodies(&mut self, what: Fetch, from: u64, index: u64, names: Vec<ChunkName>) {
+        let (Fetch::Parked(group) | Fetch::Install(group)) = what;
+        let fetch = self.fetch(what);
+        self.actions.push_back(Action::FetchBodies {
+            fetch,
+            from,
+            group,
+            index,
+            names,
+        });
     }
 
     /// Steps what waits no more, and asks for what is missing.
@@ -49,15 +70,7 @@ impl<D: Disk> Core<D> {
                         from,
                         replica.parked.in_vain,
                     );
-                    let fetch = self.fetch(Fetch::Parked(number));
-                    self.with(number, |r| r.parked.fetch = Some(fetch));
-                    self.actions.push_back(Action::FetchBodies {
-                        fetch,
-                        from,
-                        group: number,
-                        index,
-                        names,
-                    });
+                    self.fetch_bodies(Fetch::Parked(number), from, index, names);
                 }
                 parked::Next::Wait => break,
             }
@@ -77,9 +90,6 @@ impl<D: Disk> Core<D> {
             }
             install::Next::Page(request) => {
                 let fetch = self.fetch(Fetch::Install(number));
-                self.with(number, |r| {
-                    r.install.iter_mut().for_each(|i| i.fetch = Some(fetch))
-                });
                 self.actions.push_back(Action::FetchPage {
                     fetch,
                     from,
@@ -89,17 +99,7 @@ impl<D: Disk> Core<D> {
             install::Next::Bodies(names) => {
                 let index = install.index();
                 let from = source(replica.group.conf(), self.cfg.node, from, install.in_vain);
-                let fetch = self.fetch(Fetch::Install(number));
-                self.with(number, |r| {
-                    r.install.iter_mut().for_each(|i| i.fetch = Some(fetch))
-                });
-                self.actions.push_back(Action::FetchBodies {
-                    fetch,
-                    from,
-                    group: number,
-                    index,
-                    names,
-                });
+                self.fetch_bodies(Fetch::Install(number), from, index, names);
             }
         }
         Ok(())

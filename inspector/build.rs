@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// The forms in which the programs are compiled; see `bpf/effects.bpf.c`.
-const SETS: [&str; 4] = ["EXT4", "EXT4_RAW", "TRAMPOLINE", "SYSCALLS"];
+const SETS: [&str; 5] = ["CTIME", "EXT4", "EXT4_RAW", "TRAMPOLINE", "SYSCALLS"];
 
 fn main() -> ExitCode {
     match build() {

@@ -123,6 +123,11 @@ fn remove(dir: &Path) {
 }
 
 #[test]
+fn effects_come_back_with_ctime() {
+    effects_come_back("ctime");
+}
+
+#[test]
 fn effects_come_back_with_ext4() {
     effects_come_back("ext4");
 }
@@ -141,7 +146,7 @@ fn effects_come_back_with_a_walk() {
 fn a_set_that_cannot_be_loaded_is_refused_and_fallen_back_from() {
     let host = with_probes("auto");
     let shown = host.cli(["host", "show"]).json();
-    assert_eq!(shown["probe_set"], "ext4", "{shown}");
+    assert_eq!(shown["probe_set"], "ctime", "{shown}");
     let refused = Command::new(tidepool_cluster_tests::program("tidepool-host"))
         .args(["--check", "--probes", "walk"])
         .output()

@@ -2,6 +2,7 @@
 // and, on request, how far each of its tasks has run and what it does after a thaw.
 //
 // All programs only look; none changes what the kernel does. This source is compiled once for each probe set (see build.rs):
+//   CTIME       tracepoints of the stamping of inodes, and of writeback
 //   EXT4        tracepoints of ext4 and of writeback, as typed tracepoints with plain loads (DIRECT)
 //   EXT4_RAW    the same as raw tracepoints with reads by call: where ext4 is a module, or the kernel older than 6.5
 //   TRAMPOLINE  entries of VFS and security functions: any filesystem
@@ -15,8 +16,9 @@
 #include "records.h"
 #include "maps.h"
 
-
-#if defined(EXT4) || defined(EXT4_RAW)
+#if defined(CTIME)
+#include "files_ctime.h"
+#elif defined(EXT4) || defined(EXT4_RAW)
 #include "files_ext4.h"
 #elif defined(TRAMPOLINE)
 #include "files_trampoline.h"

@@ -156,6 +156,10 @@ struct inode {
 	u32 i_generation;
 };
 
+struct address_space {
+	struct inode *host;
+};
+
 struct linux_binprm {
 	const char *filename;
 };

@@ -252,7 +252,7 @@ impl Inspector {
                 limit: state.max_sandboxes,
             })?;
         let blind = match state.set {
-            ProbeSet::Ext4 => supports(&target.upper_dir).err(),
+            ProbeSet::Ctime | ProbeSet::Ext4 => supports(&target.upper_dir).err(),
             _ => None,
         };
         let (mut place, mut seen, mut epoch, mut beyond) = (None, Counters::default(), 0, 0);

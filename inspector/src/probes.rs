@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ProbeSet {
+    /// eBPF where change times are set and pages become dirty: dirty inodes, of ext4 only. Linux 6.13.
+    Ctime,
     /// eBPF on the tracepoints of ext4 and of writeback: dirty inodes, of ext4 only. Linux 6.2.
     Ext4,
     /// eBPF at the entries of VFS and security functions: dirty inodes of any filesystem. Linux 6.6, where the kernel allows trampolines.
@@ -21,12 +23,19 @@ pub enum ProbeSet {
 
 impl ProbeSet {
     /// All of them, in the order in which they are tried.
-    pub const ALL: [Self; 4] = [Self::Ext4, Self::Trampoline, Self::Syscalls, Self::Walk];
+    pub const ALL: [Self; 5] = [
+        Self::Ctime,
+        Self::Ext4,
+        Self::Trampoline,
+        Self::Syscalls,
+        Self::Walk,
+    ];
 
     /// Its name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Ctime => "ctime",
             Self::Ext4 => "ext4",
             Self::Trampoline => "trampoline",
             Self::Syscalls => "syscalls",
@@ -37,7 +46,7 @@ impl ProbeSet {
     /// Whether readings name the inodes that were dirtied, rather than all or none.
     #[must_use]
     pub fn names_inodes(self) -> bool {
-        matches!(self, Self::Ext4 | Self::Trampoline)
+        matches!(self, Self::Ctime | Self::Ext4 | Self::Trampoline)
     }
 }
 
@@ -52,7 +61,9 @@ impl FromStr for ProbeSet {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|set| set.name() == text);
-        found.ok_or_else(|| format!("{text:?} is no probe set: ext4, trampoline, syscalls or walk"))
+        found.ok_or_else(|| {
+            format!("{text:?} is no probe set: ctime, ext4, trampoline, syscalls or walk")
+        })
     }
 }
 

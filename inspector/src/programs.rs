@@ -13,6 +13,15 @@ pub(crate) struct Object {
     pub(crate) lacks: &'static str,
 }
 
+static CTIME: Object = Object {
+    bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/CTIME.o")),
+    files: &[
+        ("tp_stamped", "ctime_ns_xchg"),
+        ("tp_stamped_alike", "ctime_xchg_skip"),
+        ("tp_page_dirty", "writeback_dirty_folio"),
+    ],
+    lacks: "it needs Linux 6.13 or newer",
+};
 static EXT4: Object = Object {
     bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/EXT4.o")),
     files: &EXT4_HOOKS,
@@ -64,6 +73,7 @@ static SYSCALLS: Object = Object {
 /// The objects of a probe set, best first.
 pub(crate) fn objects(set: ProbeSet) -> Vec<&'static Object> {
     match set {
+        ProbeSet::Ctime => vec![&CTIME],
         ProbeSet::Ext4 => vec![&EXT4, &EXT4_RAW],
         ProbeSet::Trampoline => vec![&TRAMPOLINE],
         // The numbers of system calls are those of x86-64.

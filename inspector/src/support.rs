@@ -7,7 +7,7 @@ use std::path::Path;
 
 const EXT_SUPER_MAGIC: i64 = 0xEF53;
 
-/// Whether the `ext4` probe set sees changes in this directory's filesystem.
+/// Whether the `ctime` and `ext4` probe sets see changes in this directory's filesystem.
 ///
 /// # Errors
 /// A sentence that says why not. Registering such a directory works; every reading then says
@@ -26,7 +26,7 @@ pub fn supports(upper_dir: &Path) -> Result<(), String> {
     let magic = stat.f_type as i64;
     if magic != EXT_SUPER_MAGIC {
         return Err(format!(
-            "{} is not on ext4 (filesystem magic {magic:#x}), the only filesystem the ext4 probe set sees",
+            "{} is not on ext4 (filesystem magic {magic:#x}), the only filesystem this probe set sees",
             upper_dir.display()
         ));
     }
@@ -39,7 +39,7 @@ pub fn supports(upper_dir: &Path) -> Result<(), String> {
     match filesystem_of(&mounts, dev) {
         Some("ext4") => Ok(()),
         Some(other) => Err(format!(
-            "{} is on {other}, not on ext4, the only filesystem the ext4 probe set sees",
+            "{} is on {other}, not on ext4, the only filesystem this probe set sees",
             upper_dir.display()
         )),
         None => Err(format!(

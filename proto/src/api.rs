@@ -68,7 +68,7 @@ pub struct HostStatus {
     pub host: String,
     pub uptime_s: u64,
     pub state_dir: String,
-    /// The inspector's probe set: `ext4`, `trampoline`, `syscalls` or `walk`.
+    /// The inspector's probe set: `ctime`, `ext4`, `trampoline`, `syscalls` or `walk`.
     pub probe_set: String,
     /// Why better ones are not in use, one sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -10,6 +10,7 @@ use tidepool_inspector::ProbeSet;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Probes {
     Auto,
+    Ctime,
     Ext4,
     Trampoline,
     Syscalls,
@@ -21,6 +22,7 @@ impl Probes {
     pub fn set(self) -> Option<ProbeSet> {
         match self {
             Self::Auto => None,
+            Self::Ctime => Some(ProbeSet::Ctime),
             Self::Ext4 => Some(ProbeSet::Ext4),
             Self::Trampoline => Some(ProbeSet::Trampoline),
             Self::Syscalls => Some(ProbeSet::Syscalls),

@@ -1,20 +1,22 @@
 //! Inspectors that are broken on purpose, to show that the fuzzer sees it.
 //!
-//! `WOnly` and `NoJournal` leave real hooks unattached. The others spoil what was read, each in the way of a plausible error.
+//! `WOnly`, `NoJournal` and `NewStampsOnly` leave real hooks unattached. The others spoil what was read, each in the way of a plausible error.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use tidepool_inspector::FileEffects;
+use tidepool_inspector::{FileEffects, ProbeSet};
 
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Break {
-    /// Only `writeback_mark_inode_dirty` is attached.
+    /// Of the `ext4` set, only `writeback_mark_inode_dirty` is attached.
     WOnly,
-    /// `ext4_journal_start_inode` is not attached.
+    /// Of the `ext4` set, `ext4_journal_start_inode` is not attached.
     NoJournal,
+    /// Of the `ctime` set, only `ctime_ns_xchg` is attached: a change that leaves the change time as it is is not seen.
+    NewStampsOnly,
     /// A map of dirty inodes that forgets the oldest when it is full, at eight.
     Lru,
     /// Files mapped shared and writable are not armed again.
@@ -42,7 +44,18 @@ impl Break {
         match self {
             Break::WOnly => &["ext4_mark_inode_dirty", "ext4_journal_start_inode"],
             Break::NoJournal => &["ext4_journal_start_inode"],
+            Break::NewStampsOnly => &["ctime_xchg_skip", "writeback_dirty_folio"],
             _ => &[],
+        }
+    }
+
+    /// The probe set that has those tracepoints; none where any will do.
+    #[must_use]
+    pub fn probe_set(self) -> Option<ProbeSet> {
+        match self {
+            Break::WOnly | Break::NoJournal => Some(ProbeSet::Ext4),
+            Break::NewStampsOnly => Some(ProbeSet::Ctime),
+            _ => None,
         }
     }
 }

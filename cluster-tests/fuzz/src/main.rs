@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tidepool_effect_fuzz::breaks::Break;
 use tidepool_effect_fuzz::run::{Counts, Look, seed};
@@ -22,9 +22,9 @@ struct Arguments {
     /// Turns of each seed.
     #[arg(long, default_value_t = 200)]
     turns: u64,
-    /// Which probes to use: ext4, trampoline, syscalls or walk. An error where they cannot be loaded.
-    #[arg(long, default_value = "ext4")]
-    probe_set: ProbeSet,
+    /// Which probes to use: ctime, ext4, trampoline, syscalls or walk. An error where they cannot be loaded; the best that can be where none are named.
+    #[arg(long)]
+    probe_set: Option<ProbeSet>,
     /// Break the inspector in this way; a miss is then expected.
     #[arg(long = "break", value_enum)]
     broken: Option<Break>,
@@ -75,8 +75,15 @@ fn main() -> ExitCode {
 
 fn fuzz(arguments: &Arguments) -> Result<u64> {
     let leave_out = arguments.broken.map_or(&[][..], Break::leave_out);
+    let needed = arguments.broken.and_then(Break::probe_set);
+    if let (Some(needed), Some(asked)) = (needed, arguments.probe_set) {
+        ensure!(
+            needed == asked,
+            "this is a break of the probe set {needed}, not of {asked}"
+        );
+    }
     let inspector = Inspector::load(&InspectorOptions {
-        probe_set: Some(arguments.probe_set),
+        probe_set: arguments.probe_set.or(needed),
         leave_out,
         ignore_outside: arguments.broken == Some(Break::NoOutside),
         max_dirty_inodes: arguments.max_dirty_inodes,

@@ -53,6 +53,11 @@ fn sound(probe_set: &str) -> Result<()> {
 }
 
 #[test]
+fn ctime_misses_nothing() -> Result<()> {
+    sound("ctime")
+}
+
+#[test]
 fn ext4_misses_nothing() -> Result<()> {
     sound("ext4")
 }
@@ -70,6 +75,11 @@ fn writeback_alone_is_caught() -> Result<()> {
 #[test]
 fn a_missing_journal_hook_is_caught() -> Result<()> {
     caught("no-journal")
+}
+
+#[test]
+fn new_stamps_alone_are_caught() -> Result<()> {
+    caught("new-stamps-only")
 }
 
 #[test]

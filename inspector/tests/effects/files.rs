@@ -12,9 +12,10 @@ use tidepool_inspector::{
 
 use crate::cases::{CASES, Case};
 use crate::sandbox::{Sandbox, Watched, inode, scratch};
+use crate::sets::naming_inodes;
 
 pub(crate) fn every_operation_is_seen_at_its_path() -> Result<()> {
-    every_operation(&InspectorOptions::default())
+    naming_inodes(every_operation)
 }
 
 pub(crate) fn inodes_of(files: &FileEffects) -> Option<HashSet<u64>> {
@@ -70,7 +71,11 @@ fn one_operation(watched: &mut Watched, case: &Case) -> Result<()> {
 }
 
 pub(crate) fn reading_dirties_nothing() -> Result<()> {
-    let mut watched = Watched::start(&InspectorOptions::default())?;
+    naming_inodes(reading)
+}
+
+fn reading(options: &InspectorOptions) -> Result<()> {
+    let mut watched = Watched::start(options)?;
     watched.sandbox.run("prepare append")?;
     watched.sandbox.run("prepare copy_up_of_parents")?;
     watched.sandbox.run("many upperdir 10")?;
@@ -89,7 +94,11 @@ pub(crate) fn reading_dirties_nothing() -> Result<()> {
 }
 
 pub(crate) fn rewrites_in_one_tick_are_seen_after_rearm() -> Result<()> {
-    let mut watched = Watched::start(&InspectorOptions::default())?;
+    naming_inodes(rewrites_in_one_tick)
+}
+
+fn rewrites_in_one_tick(options: &InspectorOptions) -> Result<()> {
+    let mut watched = Watched::start(options)?;
     watched.sandbox.run("write f")?;
     let upper = watched.sandbox.upper();
     let wanted = inode(&upper.join("f"))?;
@@ -109,7 +118,11 @@ pub(crate) fn rewrites_in_one_tick_are_seen_after_rearm() -> Result<()> {
 }
 
 pub(crate) fn stores_to_a_mapping_are_seen_after_rearm() -> Result<()> {
-    let mut watched = Watched::start(&InspectorOptions::default())?;
+    naming_inodes(stores_to_a_mapping)
+}
+
+fn stores_to_a_mapping(options: &InspectorOptions) -> Result<()> {
+    let mut watched = Watched::start(options)?;
     watched.sandbox.run("map f")?;
     watched.end_turn()?;
     for round in 0..100 {
@@ -131,7 +144,11 @@ pub(crate) fn stores_to_a_mapping_are_seen_after_rearm() -> Result<()> {
 }
 
 pub(crate) fn mappings_are_armed_again_under_other_names() -> Result<()> {
-    let mut watched = Watched::start(&InspectorOptions::default())?;
+    naming_inodes(mappings_under_other_names)
+}
+
+fn mappings_under_other_names(options: &InspectorOptions) -> Result<()> {
+    let mut watched = Watched::start(options)?;
     watched.sandbox.run("map f")?;
     // The mapping shows a name that is gone; the file has another.
     watched.sandbox.run("relink f g")?;
@@ -231,11 +248,15 @@ pub(crate) fn shared_mappings_are_listed() -> Result<()> {
 }
 
 pub(crate) fn overflow_means_everything_and_heals() -> Result<()> {
-    let options = InspectorOptions {
+    naming_inodes(overflow)
+}
+
+fn overflow(options: &InspectorOptions) -> Result<()> {
+    let few = InspectorOptions {
         max_dirty_inodes: 64,
-        ..InspectorOptions::default()
+        ..options.clone()
     };
-    let mut watched = Watched::start(&options)?;
+    let mut watched = Watched::start(&few)?;
     watched.sandbox.run("many a 500")?;
     let files = watched.take()?.files;
     ensure!(
@@ -277,8 +298,12 @@ pub(crate) fn other_filesystems_mean_everything() -> Result<()> {
 }
 
 pub(crate) fn nothing_is_lost_while_draining() -> Result<()> {
+    naming_inodes(draining)
+}
+
+fn draining(options: &InspectorOptions) -> Result<()> {
     const COUNT: usize = 20_000;
-    let mut watched = Watched::start(&InspectorOptions::default())?;
+    let mut watched = Watched::start(options)?;
     let command = format!("many storm {COUNT}");
     let mut seen = HashSet::new();
     let mut takes = 0;

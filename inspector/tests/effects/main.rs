@@ -130,10 +130,6 @@ const TESTS: &[Test] = &[
         thaws::a_watch_leaves_nothing_attached,
     ),
     (
-        "the_plain_form_sees_the_same",
-        sets::the_plain_form_sees_the_same,
-    ),
-    (
         "trampolines_see_the_same_or_are_refused",
         sets::trampolines_see_the_same_or_are_refused,
     ),

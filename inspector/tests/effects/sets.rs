@@ -16,11 +16,20 @@ fn only(set: ProbeSet) -> InspectorOptions {
     }
 }
 
-pub(crate) fn the_plain_form_sees_the_same() -> Result<()> {
-    every_operation(&InspectorOptions {
-        plainest_form: true,
-        ..only(ProbeSet::Ext4)
-    })
+/// The same with each set of hooks that names inodes and can be loaded here, in each of its forms.
+pub(crate) fn naming_inodes(test: impl Fn(&InspectorOptions) -> Result<()>) -> Result<()> {
+    for (set, plainest_form) in [
+        (ProbeSet::Ctime, false),
+        (ProbeSet::Ext4, false),
+        (ProbeSet::Ext4, true),
+    ] {
+        let options = InspectorOptions {
+            plainest_form,
+            ..only(set)
+        };
+        test(&options).with_context(|| format!("{set}, the plainest form: {plainest_form}"))?;
+    }
+    Ok(())
 }
 
 pub(crate) fn trampolines_see_the_same_or_are_refused() -> Result<()> {
@@ -139,7 +148,11 @@ pub(crate) fn a_walk_always_doubts_files_and_knows_tasks() -> Result<()> {
 
 pub(crate) fn the_best_set_is_found() -> Result<()> {
     let inspector = Inspector::load(&InspectorOptions::default())?;
-    ensure!(inspector.probe_set() == "ext4", "{}", inspector.probe_set());
+    ensure!(
+        inspector.probe_set() == "ctime",
+        "{}",
+        inspector.probe_set()
+    );
     ensure!(
         inspector.fallbacks().is_empty(),
         "{:?}",
@@ -172,7 +185,7 @@ pub(crate) fn a_storm_stays_correct_and_bounded() -> Result<()> {
     const FILES: u32 = 30_000;
     let options = InspectorOptions {
         max_dirty_inodes: 10_000,
-        ..only(ProbeSet::Ext4)
+        ..InspectorOptions::default()
     };
     let mut watched = Watched::start(&options)?;
     watched.sandbox.run(&format!("many storm {FILES}"))?;
@@ -200,7 +213,7 @@ pub(crate) fn a_storm_stays_correct_and_bounded() -> Result<()> {
 pub(crate) fn a_storm_is_nobody_elses() -> Result<()> {
     let options = InspectorOptions {
         max_dirty_inodes: 2_000,
-        ..only(ProbeSet::Ext4)
+        ..InspectorOptions::default()
     };
     let mut a = Watched::start(&options)?;
     let mut b = Sandbox::start()?;

@@ -37,11 +37,14 @@ fn evidence(exec: &Value, list: &str) -> String {
 
 /// A process that sleeps, with a fifo open and a port to listen on, in whose state others can meddle.
 const SLEEPER: &str = r#"
-import os, signal, socket
+import ctypes, mmap, os, signal, socket
 os.mkfifo("/root/fifo")
 fifo = os.open("/root/fifo", os.O_RDWR)
 s = socket.socket(); s.bind(("127.0.0.1", 9100)); s.listen(8)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+held = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+held[:5] = b"still"
+open("/root/at", "w").write(str(ctypes.addressof(ctypes.c_char.from_buffer(held))))
 open("/root/ready", "w").write(str(os.getpid()))
 while True:
     signal.pause()
@@ -179,6 +182,10 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
             "python3 -c 'import resource; resource.prlimit(int(open(\"/root/ready\").read()), resource.RLIMIT_NOFILE, (77, 77))'",
             "limits",
         ),
+        (
+            "python3 -c 'import os; at = int(open(\"/root/at\").read()); os.pwrite(os.open(\"/proc/%s/mem\" % open(\"/root/ready\").read(), os.O_RDWR), b\"poked\", at)'",
+            "memory of process",
+        ),
     ] {
         let seen = turn(&host, meddle, &["processes", "full"]);
         let said = evidence(&seen, "processes");
@@ -205,6 +212,9 @@ fn what_happens_to_a_process_that_does_not_run_is_seen() {
     let restored = host.cli(["restore", "a"]).json();
     assert_eq!(restored["processes_restored"], 1, "{restored}");
     host.exec("a", &state("T"));
+    let peek = "python3 -c 'import os; at = int(open(\"/root/at\").read()); print(os.pread(os.open(\"/proc/%s/mem\" % open(\"/root/ready\").read(), os.O_RDONLY), 5, at) == b\"poked\")' | grep True";
+    let peeked = host.exec("a", peek);
+    assert_eq!(peeked["status"]["code"], 0, "{peeked}");
     turn(&host, &state("T"), &["clean", "processes"]);
     turn(
         &host,
@@ -252,6 +262,7 @@ fn what_a_sandbox_may_not_change_is_refused() {
         "python3 -c 'import os; os.open(\"/proc/sys/kernel/hostname\", os.O_WRONLY)'",
         "test -w /sys/fs/cgroup/memory.max || test -w /sys/fs/cgroup/memory/memory.limit_in_bytes",
         "mkdir /sys/fs/cgroup/x",
+        "python3 -c 'import ctypes, os, sys; c = ctypes.CDLL(None, use_errno=True); c.process_vm_writev(os.getpid(), 0, 0, 0, 0, 0); sys.exit(ctypes.get_errno() == 1)'",
     ] {
         let done = host.exec("a", refused);
         assert_ne!(done["status"]["code"], 0, "{refused}: {done}");

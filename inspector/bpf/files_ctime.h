@@ -9,6 +9,9 @@
 // that a clean page became dirty. What remains is a page that is dirty already, of a file that was stamped in this tick, before a boundary:
 // after it the file has been looked at, which makes the kernel stamp it again at the next write, and its pages are written back (src/rearm.rs).
 //
+// That same look makes the next stamp another one, so that the first hook alone sees all that the fuzzer does. The other two are
+// there so that this does not hang on everything having been looked at: without a look too, no change of names or attributes goes unseen.
+//
 // Reading an inode from disk sets its time by another way, which is not looked at.
 #include "inode.h"
 

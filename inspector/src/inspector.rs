@@ -36,6 +36,7 @@ use crate::state::{Registered, State};
 use crate::support::{kernel_dev, supports};
 use crate::tasks::{TaskRan, TaskTable};
 use crate::watch::ThawWatch;
+use crate::written::{Notices, Writes};
 
 /// Bounds given at load.
 #[derive(Clone, Debug)]
@@ -164,6 +165,11 @@ impl Inspector {
         let state = State {
             set,
             hooks,
+            notices: Notices::new()
+                .inspect_err(|e| {
+                    tracing::info!(error = %e, "writes to the memory of processes that do not run are not seen: the kernel has no fanotify");
+                })
+                .ok(),
             fallbacks,
             bounds: Bounds {
                 inodes: options.max_dirty_inodes as usize,
@@ -288,6 +294,8 @@ impl Inspector {
                 mapped: true,
                 anchor: None,
                 ipc: None,
+                procfs: None,
+                writes: Writes::default(),
                 logged: seen.logged,
                 events: seen.events - seen.events_lost,
                 pending: Pending::new(epoch + 1, first),
@@ -334,6 +342,18 @@ impl Inspector {
     /// Whether System V objects exist in the sandbox, whose first process is `init`.
     pub(crate) fn ipc_in_use(&self, slot: SandboxSlot, init: u32) -> Result<bool, InspectorError> {
         self.lock().ipc_in_use(slot, init)
+    }
+
+    /// What was written to memory of these processes (host process id, number inside) by others, without running them: entries that differ
+    /// from those of an earlier look where something was.
+    pub(crate) fn memory_written(
+        &self,
+        slot: SandboxSlot,
+        init: u32,
+        processes: impl IntoIterator<Item = (u32, u32)>,
+    ) -> Result<Vec<(String, String)>, InspectorError> {
+        let state = &mut *self.lock();
+        Ok(state.writes(slot, init)?.entries(processes).collect())
     }
 
     /// How many readings of tasks had no need to look at others. Only for tests.

@@ -41,6 +41,7 @@ mod sys;
 mod tasks;
 mod thaw;
 mod watch;
+mod written;
 
 pub use effects::{
     DirtyInode, Effects, ExecEvent, ExitEvent, FileEffects, Mark, ProcessEvent, SandboxSlot, Target,

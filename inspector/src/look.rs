@@ -96,10 +96,19 @@ pub fn look(
     let rested = before.tasks.as_ref().map(|t| rested(&tasks, t, &alive));
     let rested = rested.as_ref().zip(before.around.as_ref());
     let rested = rested.map(|(pids, earlier)| Rested { earlier, pids });
-    let around = match &mounts {
+    let mut around = match &mounts {
         Ok(mounts) => Surroundings::again(init, &alive, mounts, rested),
         Err(e) => Surroundings::unreadable(e),
     };
+    let numbers: BTreeSet<(u32, u32)> = tasks
+        .tasks
+        .iter()
+        .filter(|t| alive.contains(&t.tgid))
+        .map(|t| (t.tgid, t.ns_tgid))
+        .collect();
+    around
+        .objects
+        .extend(inspector.memory_written(slot, init, numbers)?);
     // Where there are no events at all the tables have to do, and they can: events only add what came and went in between.
     let lost = effects.process_events_lost && inspector.probes() != ProbeSet::Walk;
     let (processes, mut happened) = processes(&tasks, before.tasks.as_ref(), init, lost);

@@ -14,6 +14,7 @@ use crate::pending::{Bounds, Pending};
 use crate::probes::ProbeSet;
 use crate::raw::Counters;
 use crate::tasks::{TaskInfo, TaskTable};
+use crate::written::{Instance, Notices, Writes, Written};
 
 /// Far longer than any program writes one entry.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -22,6 +23,8 @@ pub(crate) struct State {
     pub(crate) set: ProbeSet,
     /// None in the `walk` set.
     pub(crate) hooks: Option<Hooks>,
+    /// None where the kernel has no such notices: writes to the memory of processes that do not run are not seen then.
+    pub(crate) notices: Option<Notices>,
     /// Why better sets are not in use, one sentence each.
     pub(crate) fallbacks: Vec<String>,
     pub(crate) bounds: Bounds,
@@ -53,6 +56,9 @@ pub(crate) struct Registered {
     pub(crate) anchor: Option<Anchor>,
     /// Its System V objects; none before they were looked at.
     pub(crate) ipc: Option<IpcLists>,
+    /// Its procfs, once it was looked at, and what was written in it since.
+    pub(crate) procfs: Option<Instance>,
+    pub(crate) writes: Writes,
     /// Counters at the last reading.
     pub(crate) seen: Counters,
     /// The `syscalls` set: whether anything was mapped shared at the last reading.
@@ -133,6 +139,42 @@ impl State {
         tasks.sort_unstable_by_key(|t| t.tid);
         let tasks = tasks.into_iter().map(TaskInfo::from).collect();
         Ok(TaskTable { tasks })
+    }
+
+    /// What was written to memory of its processes, without running them, up to now.
+    pub(crate) fn writes(
+        &mut self,
+        slot: SandboxSlot,
+        init: u32,
+    ) -> Result<&Writes, InspectorError> {
+        self.get(slot)?;
+        if let Some(notices) = &self.notices {
+            let marked = notices.mark(init);
+            let registered = &mut self.registered;
+            notices.drain(|written| {
+                for r in registered.values_mut() {
+                    match written {
+                        Written::Process(at, pid) if r.procfs == Some(at) => r.writes.count(pid),
+                        Written::Process(..) => {}
+                        Written::Lost => r.writes.doubt(),
+                    }
+                }
+            });
+            let own = registered.get_mut(&slot.0);
+            match (own, marked) {
+                (Some(own), Ok(marked)) if own.procfs != marked => {
+                    // Of before nothing is known.
+                    own.procfs = marked;
+                    own.writes.doubt();
+                }
+                (Some(own), Err(e)) => {
+                    tracing::warn!(slot = slot.0, error = %e, "writes to the memory of its processes may not be seen");
+                    own.writes.doubt();
+                }
+                _ => {}
+            }
+        }
+        Ok(&self.get(slot)?.writes)
     }
 
     /// Whether System V objects exist in the sandbox with this first process.

@@ -23,6 +23,9 @@ use crate::sandbox::Sandbox;
 /// Far more than it takes; only to end a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How a sentence begins that says that the memory of a process was written.
+const POKE: &str = "memory of process ";
+
 /// What was reported since the last comparison.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reported {
@@ -125,7 +128,16 @@ impl Watched<'_> {
         if !matches!(what, Some(Break::NoSurroundings | Break::NoProcesses)) {
             let unknown = || vec!["nothing is known of before".to_owned()];
             let differs = look.differs.clone().unwrap_or_else(unknown);
+            let (pokes, differs): (Vec<String>, Vec<String>) =
+                differs.into_iter().partition(|d| d.starts_with(POKE));
             self.reported.around.extend(differs);
+            if what != Some(Break::NoPokes) {
+                let pids = pokes.iter().filter_map(|p| {
+                    let pid = p.strip_prefix(POKE)?.split(':').next()?;
+                    pid.parse::<u32>().ok()
+                });
+                self.reported.processes.extend(pids);
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! Inspectors that are broken on purpose, to show that the fuzzer sees it.
 //!
-//! `WOnly`, `NoJournal` and `NewStampsOnly` leave real hooks unattached. The others spoil what was read, each in the way of a plausible error.
+//! `WOnly`, `NoJournal` and `PagesOnly` leave real hooks unattached. The others spoil what was read, each in the way of a plausible error.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -15,8 +15,8 @@ pub enum Break {
     WOnly,
     /// Of the `ext4` set, `ext4_journal_start_inode` is not attached.
     NoJournal,
-    /// Of the `ctime` set, only `ctime_ns_xchg` is attached: a change that leaves the change time as it is is not seen.
-    NewStampsOnly,
+    /// Of the `ctime` set, only `writeback_dirty_folio` is attached.
+    PagesOnly,
     /// A map of dirty inodes that forgets the oldest when it is full, at eight.
     Lru,
     /// Files mapped shared and writable are not armed again.
@@ -33,6 +33,8 @@ pub enum Break {
     NoProcesses,
     /// What the kernel keeps for processes, and mounts, are not compared: only processes that ran count.
     NoSurroundings,
+    /// What others write into the memory of a process that does not run is not seen.
+    NoPokes,
     /// What the host does to the upper is not seen.
     NoOutside,
 }
@@ -44,7 +46,7 @@ impl Break {
         match self {
             Break::WOnly => &["ext4_mark_inode_dirty", "ext4_journal_start_inode"],
             Break::NoJournal => &["ext4_journal_start_inode"],
-            Break::NewStampsOnly => &["ctime_xchg_skip", "writeback_dirty_folio"],
+            Break::PagesOnly => &["ctime_ns_xchg", "ctime_xchg_skip"],
             _ => &[],
         }
     }
@@ -54,7 +56,7 @@ impl Break {
     pub fn probe_set(self) -> Option<ProbeSet> {
         match self {
             Break::WOnly | Break::NoJournal => Some(ProbeSet::Ext4),
-            Break::NewStampsOnly => Some(ProbeSet::Ctime),
+            Break::PagesOnly => Some(ProbeSet::Ctime),
             _ => None,
         }
     }

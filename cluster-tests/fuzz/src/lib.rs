@@ -12,7 +12,7 @@
 //! Some processes work on through the turns and are stopped at each boundary, as the freezer would stop them.
 //!
 //! What is not here: thaws and dumps (the inspector tests its watches on them), contents of IPC objects (their existence alone counts), and memory that one process writes
-//! in another one that does not run, which nothing sees.
+//! in another one by `process_vm_writev`, which nothing sees and sandboxes are refused.
 
 mod boundary;
 pub mod breaks;

@@ -78,8 +78,8 @@ fn a_missing_journal_hook_is_caught() -> Result<()> {
 }
 
 #[test]
-fn new_stamps_alone_are_caught() -> Result<()> {
-    caught("new-stamps-only")
+fn dirty_pages_alone_are_caught() -> Result<()> {
+    caught("pages-only")
 }
 
 #[test]
@@ -120,6 +120,11 @@ fn ignored_processes_are_caught() -> Result<()> {
 #[test]
 fn ignored_writes_of_the_host_are_caught() -> Result<()> {
     caught("no-outside")
+}
+
+#[test]
+fn ignored_writes_to_memory_are_caught() -> Result<()> {
+    caught("no-pokes")
 }
 
 #[test]

@@ -298,12 +298,8 @@ pub(crate) fn other_filesystems_mean_everything() -> Result<()> {
 }
 
 pub(crate) fn nothing_is_lost_while_draining() -> Result<()> {
-    naming_inodes(draining)
-}
-
-fn draining(options: &InspectorOptions) -> Result<()> {
     const COUNT: usize = 20_000;
-    let mut watched = Watched::start(options)?;
+    let mut watched = Watched::start(&InspectorOptions::default())?;
     let command = format!("many storm {COUNT}");
     let mut seen = HashSet::new();
     let mut takes = 0;

@@ -125,7 +125,7 @@ pub(crate) fn what_comes_into_an_upper_is_followed() -> Result<()> {
 pub(crate) fn other_writes_of_the_host_are_nobodys() -> Result<()> {
     let dir = scratch()?;
     for_each_set(|watched| {
-        let script = "for i in 1 2 3; do mkdir -p $O/x$i/y/z; echo $i >$O/x$i/y/z/f; chmod 600 $O/x$i/y/z/f; mv $O/x$i $O/z$i; done; rm -r $O/z2";
+        let script = "rm -rf $O/*; for i in 1 2 3; do mkdir -p $O/x$i/y/z; echo $i >$O/x$i/y/z/f; chmod 600 $O/x$i/y/z/f; mv $O/x$i $O/z$i; done; rm -r $O/z2";
         host(watched, dir.path(), script)?;
         nothing(watched)?;
         // Nor are those in a sandbox that is gone.

@@ -39,6 +39,8 @@ const REFUSED: &[&str] = &[
     "open_tree",
     "perf_event_open",
     "pivot_root",
+    // Nothing would show that the process it writes to was changed; debuggers take other ways.
+    "process_vm_writev",
     "query_module",
     "quotactl",
     "quotactl_fd",

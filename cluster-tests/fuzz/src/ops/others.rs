@@ -3,13 +3,18 @@
 use std::fs;
 use std::io::Write;
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::AtomicU8;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::own::limit;
 use crate::child::last;
 use crate::script::SLOTS;
+
+/// Where others write: at one address in all processes, which are forks of the first.
+static POKED: AtomicU8 = AtomicU8::new(0);
 
 pub(super) fn operate(pids: &[i32; SLOTS], words: &[&str]) -> Result<()> {
     let word = |i: usize| words.get(i).copied().context("too few words");
@@ -34,6 +39,12 @@ pub(super) fn operate(pids: &[i32; SLOTS], words: &[&str]) -> Result<()> {
             format!("/proc/{}/oom_score_adj", pid()?),
             format!("{}", number(2)? % 1000),
         )?),
+        "poke" => {
+            let memory = fs::File::options()
+                .write(true)
+                .open(format!("/proc/{}/mem", pid()?))?;
+            Ok(memory.write_all_at(&[number(2)? as u8], POKED.as_ptr() as u64)?)
+        }
         "datagram" => {
             UnixDatagram::unbound()?.send_to(&[number(2)? as u8], word(1)?)?;
             Ok(())

@@ -157,12 +157,13 @@ impl Script {
         let others: Vec<usize> = (1..SLOTS).filter(|k| self.alive[*k]).collect();
         if !others.is_empty() && self.rng.one_in(2) {
             let k = *self.rng.pick(&others);
-            let what = match self.rng.below(6) {
+            let what = match self.rng.below(7) {
                 0 => format!("signal {k}"),
                 1 => format!("nice {k} {byte}"),
                 2 => format!("limit {k} {}", byte * 4096),
                 3 => format!("score {k} {byte}"),
                 4 => format!("datagram {dir}/datagrams {byte}"),
+                5 => format!("poke {k} {byte}"),
                 _ => format!("connect {}", byte % 2),
             };
             return format!("0 {bear}other {what}");

@@ -1,28 +1,21 @@
 // Files: the `ctime` probe set.
 //
-// Whatever changes an inode for others to see stamps its change time, once; the hooks of ext4 fire several times for the same change, and
-// also where blocks are allocated or time stamps of reading are kept. A filesystem with multigrain time stamps does that in one
-// place, which has a tracepoint for either outcome: another time was set, or it was that time already (several changes within a tick of the clock).
-// The third outcome, another task being ahead by an instant, has none, and needs none: that one stamped the same inode.
+// Whatever changes an inode for others to see stamps its change time; the hooks of ext4 fire several times for the same change, and also where blocks
+// are allocated or time stamps of reading are kept. A filesystem with multigrain time stamps sets another stamp in one place, which has a tracepoint.
 //
-// Data may be written without a stamp: in the same tick as the last one, by a store to a mapping that was writable already. So the third hook tells
-// that a clean page became dirty. What remains is a page that is dirty already, of a file that was stamped in this tick, before a boundary:
-// after it the file has been looked at, which makes the kernel stamp it again at the next write, and its pages are written back (src/rearm.rs).
+// It has none for a stamp that would be what is there already: a second change within a tick of the clock, of an inode that nobody has looked at in between. In one
+// turn that is no loss, the first has been noted. Over a boundary it does not happen, for two reasons of which each is enough for all that is captured:
+// - what was dirty is looked at by the capture, which makes the kernel take a finer stamp at the next change (src/rearm.rs);
+// - the daemon lets a tick pass between a reading in which files were dirty and what the sandbox does next.
+// The stamp of a task that another one was ahead of by an instant needs no hook: that one stamped the same inode.
 //
-// That same look makes the next stamp another one, so that the first hook alone sees all that the fuzzer does. The other two are
-// there so that this does not hang on everything having been looked at: without a look too, no change of names or attributes goes unseen.
+// The second hook tells that a clean page became dirty. A write is stamped first, so this is there for what might write without.
 //
 // Reading an inode from disk sets its time by another way, which is not looked at.
 #include "inode.h"
 
 FILE_HOOK("ctime_ns_xchg")
 int tp_stamped(u64 *ctx)
-{
-	return note_dirty((const struct inode *)ctx[0]);
-}
-
-FILE_HOOK("ctime_xchg_skip")
-int tp_stamped_alike(u64 *ctx)
 {
 	return note_dirty((const struct inode *)ctx[0]);
 }

@@ -17,7 +17,6 @@ static CTIME: Object = Object {
     bytes: include_bytes_aligned!(concat!(env!("OUT_DIR"), "/CTIME.o")),
     files: &[
         ("tp_stamped", "ctime_ns_xchg"),
-        ("tp_stamped_alike", "ctime_xchg_skip"),
         ("tp_page_dirty", "writeback_dirty_folio"),
     ],
     lacks: "it needs Linux 6.13 or newer",

@@ -17,7 +17,7 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
 
@@ -25,6 +25,32 @@ use crate::mappings::{Mapped, shared_mappings};
 
 /// At least one clock tick on every kernel (the longest is 10 ms).
 pub const TICK: Duration = Duration::from_millis(11);
+
+/// Between two looks at the clock.
+const STEP: Duration = Duration::from_micros(300);
+
+/// The moment of a reading, by the clock that stamps are taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment(i64, i64);
+
+impl Moment {
+    /// As it is now; taken after the reading.
+    #[must_use]
+    pub fn now() -> Self {
+        // It moves with the clock of the stamps, and nobody sets it.
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+        Self(now.tv_sec, now.tv_nsec)
+    }
+
+    /// Waits until a stamp set from now on is another one than any that was set before: for the rest of a tick. Whoever lets a sandbox go on only after that
+    /// sees its next change of an inode also where nobody has looked at that one.
+    pub fn outlast(self) {
+        let began = Instant::now();
+        while self == Self::now() && began.elapsed() < TICK {
+            std::thread::sleep(STEP);
+        }
+    }
+}
 
 /// Re-arms one open file of the upper (opened for reading at least; `O_PATH` will not do).
 ///

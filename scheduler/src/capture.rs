@@ -12,7 +12,8 @@ use tidepool_fs::{
     CaptureError, CaptureOptions, Captured, ChunkSink, DirtyInode, Light, TreeIndex,
 };
 use tidepool_inspector::look::Look;
-use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch, rearm};
+use tidepool_inspector::rearm::{self, Moment};
+use tidepool_inspector::{FileEffects, TaskTable, Thaw, ThawWatch};
 use tidepool_proto::ChunkName;
 use tidepool_proto::api::{ChangeKind, PathChange, SandboxState};
 use tidepool_proto::manifest::ProcessImage;
@@ -60,6 +61,8 @@ impl Boundary<'_> {
         let effects = effects.clone();
         let (committed, rules) = (live.committed.clone(), self.sandbox.rules.clone());
         let others = self.others(live).await?;
+        // The reading was before this.
+        let reading = Moment::now();
         tokio::task::spawn_blocking(move || {
             let pids = others.into_iter().map(|pid| pid as u32);
             let unarmed = rearm::mapped(&upper, Path::new("/"), pids)
@@ -92,6 +95,7 @@ impl Boundary<'_> {
                 }
                 Err(e) => return Err(HostError::failed(format!("capturing files: {}", chain(&e)))),
             };
+            reading.outlast();
             let changes = index.map(|before| captured.index.changes_since(&before, MAX_CHANGES));
             let changes = changes.filter(|c| !c.truncated).map(|c| c.changes);
             let light = committed.and_then(|before| {

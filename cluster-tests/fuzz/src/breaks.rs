@@ -46,7 +46,7 @@ impl Break {
         match self {
             Break::WOnly => &["ext4_mark_inode_dirty", "ext4_journal_start_inode"],
             Break::NoJournal => &["ext4_journal_start_inode"],
-            Break::PagesOnly => &["ctime_ns_xchg", "ctime_xchg_skip"],
+            Break::PagesOnly => &["ctime_ns_xchg"],
             _ => &[],
         }
     }

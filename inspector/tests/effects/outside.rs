@@ -60,10 +60,8 @@ pub(crate) fn writes_from_outside_are_seen() -> Result<()> {
             ("chmod 600 $U/d/0", &["d/0"]),
             ("touch -d 2001-01-01 $U/d/0", &["d/0"]),
             ("echo new >$U/d/new", &["d", "d/new"]),
-            (
-                "mkdir -p $U/a/b/c/e/g/h/i/j/k/l",
-                &["", "a/b/c/e/g/h/i/j/k"],
-            ),
+            ("mkdir -p $U/a/b/c/e/g/h/i/j/k/l", &[""]),
+            ("mkdir $U/a/b/c/e/g/h/i/j/k/l/m", &["a/b/c/e/g/h/i/j/k/l"]),
             (
                 "echo deep >$U/a/b/c/e/g/h/i/j/k/l/f",
                 &["a/b/c/e/g/h/i/j/k/l/f"],

@@ -14,7 +14,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 use tidepool_inspector::{
     Effects, FileEffects, Inspector, InspectorOptions, SandboxSlot, Target, TaskTable,
-    pid_ns_inode, rearm, supports,
+    pid_ns_inode,
+    rearm::{self, Moment},
+    supports,
 };
 
 use crate::cases::CASES;
@@ -243,6 +245,8 @@ impl Watched {
         let failed = rearm::paths(&self.sandbox.upper(), &dirty)?;
         ensure!(failed.is_empty(), "{failed:?}");
         self.wait_if_coarse();
+        // For what has no path yet, and so was not looked at.
+        Moment::now().outlast();
         Ok(())
     }
 

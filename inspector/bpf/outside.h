@@ -4,6 +4,8 @@
 // filesystem. That is long for a hook, and hosts write a lot that is in no upper, so inodes of which that is known are remembered. That must never be wrong:
 // - What is remembered counts for one generation. A change in an upper from outside begins a new one, and for a while after it nothing is remembered: a file that
 //   is moved or linked into an upper is marked dirty once more after the directory is, and before its name is there.
+// - With stamps alone (files_ctime.h) a directory's change has no event where another one stamped it in the same tick, be that from outside, when the above
+//   holds already, or the sandbox: so a reading that found anything dirty begins a new generation too.
 // - Files without a name, or with several, are not remembered, nor what could not be followed to its end.
 // What a sandbox's own tasks do never comes here. The loader's process is left out, and where it wants that, those that it started: it
 // makes uppers, arms them again, and has sandboxes dumped, for which CRIU makes directories in them and takes them away.

@@ -97,8 +97,13 @@ impl Outside {
         self.devices.push(dev);
         self.devices_changed();
         // Last: what is remembered from now on was looked for with this upper known.
-        self.shared().generation.fetch_add(1, Ordering::SeqCst);
+        self.forget();
         Ok(())
+    }
+
+    /// What is remembered of inodes outside counts no longer.
+    pub(crate) fn forget(&self) {
+        self.shared().generation.fetch_add(1, Ordering::SeqCst);
     }
 
     /// No longer, unless the upper is another sandbox's by now.

@@ -5,6 +5,7 @@
 //! written in the current clock tick has its time stamps set, so another write in the same tick changes no inode;
 //! reading its change time with statx makes kernels with multigrain time stamps (6.13 and newer) take a
 //! finer stamp at the next write. Older kernels need a pause of one tick between the reading and the thaw; see [`TICK`].
+//! With the `ctime` probe set a change of an inode that was not looked at is seen once the tick is over; see [`Moment`].
 //!
 //! Order: freeze, [`take`](crate::Inspector::take), re-arm every upper file that is dirty or mapped shared and writable,
 //! capture, thaw. Re-arming dirties nothing by itself: writeback of a frozen sandbox's file is this process's doing.

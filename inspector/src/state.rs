@@ -253,7 +253,7 @@ impl State {
         if counters.events_lost != seen.events_lost {
             pending.events_lost = true;
         }
-        Ok(Effects {
+        let effects = Effects {
             files: pending.take_files(registered.dev, epoch),
             born: std::mem::take(&mut pending.born),
             execs: std::mem::take(&mut pending.execs),
@@ -261,7 +261,15 @@ impl State {
             from_outside: counters.outside != seen.outside,
             process_events_lost: std::mem::take(&mut pending.events_lost),
             mark: mark(&counters),
-        })
+        };
+        // What came into a directory in the tick in which the sandbox had changed that gave no event of its own (see files_ctime.h).
+        if self.set == ProbeSet::Ctime
+            && counters.logged != seen.logged
+            && let Some(hooks) = &self.hooks
+        {
+            hooks.outside.forget();
+        }
+        Ok(effects)
     }
 
     /// A file that any process of the sandbox has mapped shared.

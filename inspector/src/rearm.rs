@@ -4,8 +4,8 @@
 //! also writable, so further stores raise nothing; starting its writeback write-protects it again. And a file that was
 //! written in the current clock tick has its time stamps set, so another write in the same tick changes no inode;
 //! reading its change time with statx makes kernels with multigrain time stamps (6.13 and newer) take a
-//! finer stamp at the next write. Older kernels need a pause of one tick between the reading and the thaw; see [`TICK`].
-//! With the `ctime` probe set a change of an inode that was not looked at is seen once the tick is over; see [`Moment`].
+//! finer stamp at the next write. Older kernels need a pause of one tick between the reading and the thaw; see [`Moment`].
+//! With the `ctime` probe set that pause also has changes seen of an inode that was not looked at.
 //!
 //! Order: freeze, [`take`](crate::Inspector::take), re-arm every upper file that is dirty or mapped shared and writable,
 //! capture, thaw. Re-arming dirties nothing by itself: writeback of a frozen sandbox's file is this process's doing.
@@ -25,7 +25,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
 use crate::mappings::{Mapped, shared_mappings};
 
 /// At least one clock tick on every kernel (the longest is 10 ms).
-pub const TICK: Duration = Duration::from_millis(11);
+const TICK: Duration = Duration::from_millis(11);
 
 /// Between two looks at the clock.
 const STEP: Duration = Duration::from_micros(300);

@@ -147,12 +147,10 @@ impl State {
         slot: SandboxSlot,
         init: u32,
     ) -> Result<&Writes, InspectorError> {
-        self.get(slot)?;
-        if let Some(notices) = &self.notices {
+        let marked = self.notices.as_ref().map(|notices| {
             let marked = notices.mark(init);
-            let registered = &mut self.registered;
             notices.drain(|written| {
-                for r in registered.values_mut() {
+                for r in self.registered.values_mut() {
                     match written {
                         Written::Process(at, pid) if r.procfs == Some(at) => r.writes.count(pid),
                         Written::Process(..) => {}
@@ -160,21 +158,25 @@ impl State {
                     }
                 }
             });
-            let own = registered.get_mut(&slot.0);
-            match (own, marked) {
-                (Some(own), Ok(marked)) if own.procfs != marked => {
-                    // Of before nothing is known.
-                    own.procfs = marked;
-                    own.writes.doubt();
-                }
-                (Some(own), Err(e)) => {
-                    tracing::warn!(slot = slot.0, error = %e, "writes to the memory of its processes may not be seen");
-                    own.writes.doubt();
-                }
-                _ => {}
+            marked
+        });
+        let own = self
+            .registered
+            .get_mut(&slot.0)
+            .ok_or(InspectorError::UnknownSlot(slot))?;
+        match marked {
+            Some(Ok(marked)) if own.procfs != marked => {
+                // Of before nothing is known.
+                own.procfs = marked;
+                own.writes.doubt();
             }
+            Some(Err(e)) => {
+                tracing::warn!(slot = slot.0, error = %e, "writes to the memory of its processes may not be seen");
+                own.writes.doubt();
+            }
+            _ => {}
         }
-        Ok(&self.get(slot)?.writes)
+        Ok(&own.writes)
     }
 
     /// Whether System V objects exist in the sandbox with this first process.

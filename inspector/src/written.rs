@@ -10,16 +10,17 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Component, Path};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
+
+use crate::surroundings::process_key;
 
 /// Processes of one sandbox of which writes are counted one by one.
 const MAX_PROCESSES: usize = 4096;
 /// Room for one event: where several are read at a time, an error of a later one is kept back, and the event with it.
 const EVENT: usize = size_of::<libc::fanotify_event_metadata>();
-const PROC_SUPER_MAGIC: i64 = 0x9fa0;
 
 /// What was seen of one sandbox. Numbers only grow.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,7 +55,7 @@ impl Writes {
             (written + self.doubts > 0).then(|| {
                 let doubts = self.doubts;
                 (
-                    format!("memory of process {pid}"),
+                    format!("memory of {}", process_key(pid)),
                     format!("written {written} times by another, unknown {doubts} times"),
                 )
             })
@@ -110,12 +111,7 @@ impl Notices {
             }
             Err(e) => return Err(e.into()),
         };
-        #[allow(
-            clippy::unnecessary_cast,
-            reason = "the type differs between architectures"
-        )]
-        let magic = rustix::fs::fstatfs(&place)?.f_type as i64;
-        if magic != PROC_SUPER_MAGIC {
+        if rustix::fs::fstatfs(&place)?.f_type != PROC_SUPER_MAGIC {
             return Ok(None);
         }
         let what = libc::FAN_MARK_ADD | libc::FAN_MARK_FILESYSTEM;
@@ -171,12 +167,8 @@ fn told(event: &[u8; EVENT]) -> Option<Written> {
 
 /// What a write to this file did.
 fn written(file: &OwnedFd) -> io::Result<Option<Written>> {
-    let path = rustix::fs::readlink(
-        format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()),
-        Vec::new(),
-    )?;
-    let path = path.to_string_lossy();
-    let Some(pid) = process_of(Path::new(&*path)) else {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let Some(pid) = process_of(&path) else {
         return Ok(None);
     };
     let instance = Instance(rustix::fs::fstat(file)?.st_dev);
@@ -315,7 +307,6 @@ mod tests {
         mem.write_all_at(&byte, at).unwrap();
         assert_eq!(told(), [Written::Process(instance, 1)]);
         assert_eq!(told(), [], "once");
-        // Through the host's own procfs nothing is told: what the host does to memory it has to stop the process for.
         drop((mem, to));
         child.wait().unwrap();
         assert_eq!(notices.mark(u32::MAX >> 2).unwrap(), None, "nobody");

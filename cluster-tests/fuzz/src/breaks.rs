@@ -40,25 +40,18 @@ pub enum Break {
 }
 
 impl Break {
-    /// Tracepoints that are not to be attached.
+    /// Tracepoints that are not to be attached, and the probe set that has them; none where any set will do.
     #[must_use]
-    pub fn leave_out(self) -> &'static [&'static str] {
-        match self {
-            Break::WOnly => &["ext4_mark_inode_dirty", "ext4_journal_start_inode"],
-            Break::NoJournal => &["ext4_journal_start_inode"],
-            Break::PagesOnly => &["ctime_ns_xchg"],
-            _ => &[],
-        }
-    }
-
-    /// The probe set that has those tracepoints; none where any will do.
-    #[must_use]
-    pub fn probe_set(self) -> Option<ProbeSet> {
-        match self {
-            Break::WOnly | Break::NoJournal => Some(ProbeSet::Ext4),
-            Break::PagesOnly => Some(ProbeSet::Ctime),
-            _ => None,
-        }
+    pub fn leave_out(self) -> Option<(ProbeSet, &'static [&'static str])> {
+        Some(match self {
+            Break::WOnly => (
+                ProbeSet::Ext4,
+                &["ext4_mark_inode_dirty", "ext4_journal_start_inode"],
+            ),
+            Break::NoJournal => (ProbeSet::Ext4, &["ext4_journal_start_inode"]),
+            Break::PagesOnly => (ProbeSet::Ctime, &["ctime_ns_xchg"]),
+            _ => return None,
+        })
     }
 }
 

@@ -74,8 +74,7 @@ fn main() -> ExitCode {
 }
 
 fn fuzz(arguments: &Arguments) -> Result<u64> {
-    let leave_out = arguments.broken.map_or(&[][..], Break::leave_out);
-    let needed = arguments.broken.and_then(Break::probe_set);
+    let (needed, leave_out) = arguments.broken.and_then(Break::leave_out).unzip();
     if let (Some(needed), Some(asked)) = (needed, arguments.probe_set) {
         ensure!(
             needed == asked,
@@ -84,7 +83,7 @@ fn fuzz(arguments: &Arguments) -> Result<u64> {
     }
     let inspector = Inspector::load(&InspectorOptions {
         probe_set: arguments.probe_set.or(needed),
-        leave_out,
+        leave_out: leave_out.unwrap_or_default(),
         ignore_outside: arguments.broken == Some(Break::NoOutside),
         max_dirty_inodes: arguments.max_dirty_inodes,
         ..InspectorOptions::default()

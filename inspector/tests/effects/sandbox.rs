@@ -244,8 +244,7 @@ impl Watched {
         let dirty = self.dirty_paths(&self.take()?)?;
         let failed = rearm::paths(&self.sandbox.upper(), &dirty)?;
         ensure!(failed.is_empty(), "{failed:?}");
-        self.wait_if_coarse();
-        // For what has no path yet, and so was not looked at.
+        // For what has no path yet, and so was not looked at; and for kernels whose time stamps move with the tick only.
         Moment::now().outlast();
         Ok(())
     }
@@ -253,7 +252,7 @@ impl Watched {
     /// What a host does after re-arming on kernels whose time stamps move with the tick only.
     pub(crate) fn wait_if_coarse(&self) {
         if !multigrain() {
-            std::thread::sleep(rearm::TICK);
+            Moment::now().outlast();
         }
     }
 
